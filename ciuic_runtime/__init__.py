@@ -1,0 +1,1 @@
+"""ciuic_runtime."""

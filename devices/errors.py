@@ -1,0 +1,20 @@
+"""The errors a person meets: one line each, saying what was asked, what there is, and what to try.
+They live in the lowest layer so that every layer can raise them; how they are shown is the command line's business."""
+
+from __future__ import annotations
+
+
+class CiuicError(Exception):
+    """Anything that went wrong in a way we can explain; exit code 1 (failed while running)."""
+
+    exit_code = 1
+
+
+class InvalidInput(CiuicError, ValueError):
+    """What was asked cannot be done as asked: a bad file, option, rule or prompt; exit code 2."""
+
+    exit_code = 2
+
+
+class OutOfMemory(InvalidInput, MemoryError):
+    """Something does not fit where it was told to go; raised before anything is loaded where possible."""

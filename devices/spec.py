@@ -1,0 +1,114 @@
+"""What the hardware is: frozen facts with units, about devices, the links between them, and the whole topology.
+Knows nothing of how the facts were found (discovery and measuring are one file per kind beside this one)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ciuic_runtime.devices.errors import InvalidInput
+
+Kind = Literal["CPU", "GPU", "SIM", "DISK"]
+Basis = Literal["measured", "estimated", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """One place that can hold bytes, and mostly also compute.
+
+    Names are `[node/]kind[:index]`: `cpu`, `cpu:1`, `cuda:0`, `sim:0`, `disk`. Rates are what a stream of
+    large reads or a large matrix product reaches with `threads` threads; None or missing means not known."""
+
+    name: str
+    kind: Kind
+    model: str = ""  # "NVIDIA H100 80GB HBM3", "Intel(R) Xeon(R) Processor"
+    memory_bytes: int = 0  # what this process may use at most, bytes
+    memory_free_bytes: int | None = None  # of that, free when looked at; None: not known
+    memory_bandwidth: float | None = None  # read, bytes/s, with `threads` threads
+    memory_bandwidth_by_threads: Mapping[int, float] = field(default_factory=dict)  # threads -> bytes/s
+    matrix_rates: Mapping[str, float] = field(default_factory=dict)  # dtype -> flop/s (op/s for int8)
+    matrix_vector_rates: Mapping[str, float] = field(default_factory=dict)  # dtype -> weight bytes/s at one row
+    launch_overhead: float | None = None  # s per operator call, measured; None: not known
+    cores: int = 0  # cores this process may use
+    threads: int = 0  # threads the rates above were measured with; 0: not applicable
+    isa: tuple[str, ...] = ()  # instruction sets that matter: avx2, avx512f, avx512_vnni, avx512_bf16, amx_bf16, neon, ...
+    cache_bytes: Mapping[str, int] = field(default_factory=dict)  # "L2" -> bytes, summed over the cores in use
+    numa_node: int | None = None
+    facts: Mapping[str, str | int | float | bool] = field(default_factory=dict)  # what else is known, for people: PCIe, driver, uuid
+    basis: Basis = "unknown"  # of the rates
+    usable: bool = True  # False: it is there, but this installation cannot compute on it
+    why_not_usable: str = ""
+
+    @property
+    def simulated(self) -> bool:
+        return self.kind == "SIM"
+
+    @property
+    def can_compute(self) -> bool:
+        return self.kind != "DISK"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The way from one device's memory to another's; one direction."""
+
+    src: str
+    dst: str
+    bandwidth: float  # bytes/s
+    latency: float = 0.0  # s
+    basis: Basis = "unknown"
+
+    def transfer_time(self, nbytes: float) -> float:
+        return self.latency + nbytes / self.bandwidth
+
+
+# Where no link was measured or declared: a pessimistic PCIe 3.0 x16 or memory copy, labelled estimated.
+ASSUMED_LINK_BANDWIDTH = 10e9  # bytes/s
+ASSUMED_LINK_LATENCY = 20e-6  # s
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """All devices and links that a schedule may use. Names are unique; links name known devices."""
+
+    devices: tuple[DeviceSpec, ...]
+    links: tuple[Link, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [d.name for d in self.devices]
+        if not names:
+            raise InvalidInput("the topology has no devices; declare at least one [[device]]")
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise InvalidInput(f"device {twice[0]} is declared twice; device names must be unique")
+        for link in self.links:
+            if stranger := {link.src, link.dst} - set(names):
+                raise InvalidInput(f"link {link.src} -> {link.dst} names unknown device {min(stranger)}; devices are {', '.join(names)}")
+
+    @property
+    def compute_devices(self) -> tuple[DeviceSpec, ...]:
+        return tuple(d for d in self.devices if d.can_compute and d.usable)
+
+    def device(self, name: str) -> DeviceSpec:
+        for device in self.devices:
+            if device.name == name:
+                return device
+        raise InvalidInput(f"no device named {name}; there are {', '.join(d.name for d in self.devices)}")
+
+    def by_kind(self, kind: str) -> list[DeviceSpec]:
+        return [d for d in self.devices if d.kind == kind.upper()]
+
+    def link(self, src: str, dst: str) -> Link:
+        """The declared or measured link, else an assumed one whose basis is "estimated"."""
+        for link in self.links:
+            if (link.src, link.dst) == (src, dst):
+                return link
+        return Link(src, dst, ASSUMED_LINK_BANDWIDTH, ASSUMED_LINK_LATENCY, "estimated")
+
+    def only(self, names: Iterable[str]) -> Topology:
+        """The same topology with only these devices and the links among them."""
+        keep = {self.device(n).name for n in names}
+        return Topology(
+            tuple(d for d in self.devices if d.name in keep),
+            tuple(x for x in self.links if x.src in keep and x.dst in keep),
+        )

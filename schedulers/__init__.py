@@ -1,0 +1,1 @@
+"""What should run where, and when. Loads neither torch nor ray."""
