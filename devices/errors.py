@@ -18,3 +18,7 @@ class InvalidInput(CiuicError, ValueError):
 
 class OutOfMemory(InvalidInput, MemoryError):
     """Something does not fit where it was told to go; raised before anything is loaded where possible."""
+
+    def __init__(self, message: str, *, need: int = 0, free: int = 0, capacity: int = 0) -> None:
+        super().__init__(message)
+        self.need, self.free, self.capacity = need, free, capacity  # bytes; 0 where they do not apply

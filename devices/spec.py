@@ -29,13 +29,14 @@ class DeviceSpec:
     memory_bandwidth_by_threads: Mapping[int, float] = field(default_factory=dict)  # threads -> bytes/s
     matrix_rates: Mapping[str, float] = field(default_factory=dict)  # dtype -> flop/s (op/s for int8)
     matrix_vector_rates: Mapping[str, float] = field(default_factory=dict)  # dtype -> weight bytes/s at one row
+    bandwidth_by_access: Mapping[int, float] = field(default_factory=dict)  # disk: bytes per read -> bytes/s
     launch_overhead: float | None = None  # s per operator call, measured; None: not known
     cores: int = 0  # cores this process may use
     threads: int = 0  # threads the rates above were measured with; 0: not applicable
-    isa: tuple[str, ...] = ()  # instruction sets that matter: avx2, avx512f, avx512_vnni, avx512_bf16, amx_bf16, neon, ...
+    isa: tuple[str, ...] = ()  # instruction sets that matter: avx2, avx512_vnni, amx_bf16, neon, ...
     cache_bytes: Mapping[str, int] = field(default_factory=dict)  # "L2" -> bytes, summed over the cores in use
     numa_node: int | None = None
-    facts: Mapping[str, str | int | float | bool] = field(default_factory=dict)  # what else is known, for people: PCIe, driver, uuid
+    facts: Mapping[str, str | int | float | bool] = field(default_factory=dict)  # for people: PCIe, driver, uuid
     basis: Basis = "unknown"  # of the rates
     usable: bool = True  # False: it is there, but this installation cannot compute on it
     why_not_usable: str = ""
@@ -83,7 +84,9 @@ class Topology:
             raise InvalidInput(f"device {twice[0]} is declared twice; device names must be unique")
         for link in self.links:
             if stranger := {link.src, link.dst} - set(names):
-                raise InvalidInput(f"link {link.src} -> {link.dst} names unknown device {min(stranger)}; devices are {', '.join(names)}")
+                raise InvalidInput(
+                    f"link {link.src} -> {link.dst} names unknown device {min(stranger)}; there are {', '.join(names)}"
+                )
 
     @property
     def compute_devices(self) -> tuple[DeviceSpec, ...]:

@@ -16,7 +16,7 @@ _FACTORS = {
 
 
 def parse_bytes(text: str | int | float) -> int:
-    """"16GiB", "500 MB", "2g" or a plain number of bytes, as bytes.
+    """Bytes in "16GiB", "500 MB", "2g" or a plain number of bytes.
 
     Raises InvalidInput for anything else, for negative and for absurd (over 1 EiB) sizes."""
     if isinstance(text, (int, float)) and not isinstance(text, bool):
@@ -24,7 +24,7 @@ def parse_bytes(text: str | int | float) -> int:
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
         if not match or match[2].upper() not in _FACTORS:
-            raise InvalidInput(f"{text!r} is not a size; write a number with a unit, such as 16GiB, 500MB or 1073741824")
+            raise InvalidInput(f"{text!r} is not a size; write a number with a unit, such as 16GiB or 500MB")
         value = float(match[1]) * _FACTORS[match[2].upper()]
     if not 0 <= value <= 2**60:
         raise InvalidInput(f"{text!r} is not a sensible size; write a number with a unit, such as 16GiB")
@@ -35,7 +35,8 @@ def format_bytes(nbytes: float) -> str:
     """12345678 -> "11.8 MiB": binary units, three digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(nbytes) < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}" if nbytes < 1000 else f"{nbytes:.0f} {unit}"
+            digits = ".0f" if unit == "B" or nbytes >= 1000 else ".3g"
+            return f"{nbytes:{digits}} {unit}"
         nbytes /= 1024
     return f"{nbytes:.4g} TiB"
 
