@@ -106,7 +106,7 @@ def _nodes(proc: Path, sys: Path, affinity: frozenset[int]) -> list[_Node]:
     total = host.get("MemTotal", 0) or _psutil_memory()[0]
     available = host.get("MemAvailable", 0) or _psutil_memory()[1]
     folders = sorted((sys / "devices/system/node").glob("node[0-9]*"), key=lambda f: int(f.name[4:]))
-    used = [(f, cpus) for f in folders if (cpus := _cpu_list(f / "cpulist") & affinity)]
+    used = [(f, cpus) for f in folders if (cpus := parse_cpu_list(_line(f / "cpulist")) & affinity)]
     if len(used) <= 1:
         number = int(used[0][0].name[4:]) if used else None
         return [_Node(number, tuple(sorted(used[0][1] if used else affinity)), total, available)]
@@ -180,13 +180,10 @@ def _affinity() -> frozenset[int]:
     return frozenset(range(os.cpu_count() or 1))
 
 
-def _cpu_list(file: Path) -> frozenset[int]:
+def parse_cpu_list(text: str) -> frozenset[int]:
     """The numbers in a list as the kernel writes it: "0-3,8" is {0, 1, 2, 3, 8}."""
-    cpus: set[int] = set()
-    for part in filter(None, _line(file).split(",")):
-        first, _, last = part.partition("-")
-        cpus.update(range(int(first), int(last or first) + 1))
-    return frozenset(cpus)
+    ends = [part.partition("-") for part in text.split(",") if part]
+    return frozenset(cpu for first, _, last in ends for cpu in range(int(first), int(last or first) + 1))
 
 
 def _cpu_list_text(cpus: Sequence[int]) -> str:

@@ -3,23 +3,46 @@ Puts together what the files beside this one find and measure; decides nothing a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
+from ciuic_runtime.devices import limits
 from ciuic_runtime.devices.cpu import discover_cpus
+from ciuic_runtime.devices.cuda import discover_gpus
+from ciuic_runtime.devices.disk import discover_disk, disk_fingerprint, measure_disk
 from ciuic_runtime.devices.errors import InvalidInput
-from ciuic_runtime.devices.spec import DeviceSpec, Topology
+from ciuic_runtime.devices.files import write_whole
+from ciuic_runtime.devices.limits import Limits
+from ciuic_runtime.devices.measure import fingerprint, measure_device
+from ciuic_runtime.devices.spec import DeviceSpec, Kind, Link, Topology
+from ciuic_runtime.devices.table import device_table
+from ciuic_runtime.devices.toml import read_topology, topology_to_toml
 
-KINDS = ("CPU", "GPU", "SIM", "DISK")
+KINDS: tuple[str, ...] = get_args(Kind)
+MODES = ("cached", "never", "fresh")
+COMPUTE_SECONDS = 6.0  # for all devices that compute together, loading torch included
+DISK_SECONDS = 1.5  # 7.5 s together, so that a busy machine stays below 10
+
+Progress = Callable[[str], None]
 
 
 class DeviceManager:
-    """The devices of this machine. `measure`: "cached" (measure what is not in the cache), "fresh", or "never"."""
+    """The devices of this machine, and the disk under `path`.
 
-    def __init__(
-        self, path: str | Path = ".", measure: str = "cached", progress: Callable[[str], None] | None = None
-    ) -> None:
-        self.topology = Topology(tuple(discover_cpus()))
+    `measure`: "cached" measures what is not in the cache, "fresh" everything, "never" nothing (no rates then)."""
+
+    topology: Topology
+
+    def __init__(self, path: str | Path = ".", measure: str = "cached", progress: Progress | None = None) -> None:
+        if measure not in MODES:
+            raise InvalidInput(f"measure={measure!r} is not known; choose one of {', '.join(MODES)}")
+        cpus = discover_cpus()
+        gpus, links = discover_gpus(cpus)
+        devices = [*cpus, *gpus, discover_disk(path)]
+        if measure != "never":
+            devices = _measured(devices, path, fresh=measure == "fresh", progress=progress)
+        self.topology = Topology(tuple(devices), (*links, *_disk_links(devices)))
 
     @classmethod
     def from_topology(cls, topology: Topology) -> DeviceManager:
@@ -27,8 +50,64 @@ class DeviceManager:
         manager.topology = topology
         return manager
 
+    @classmethod
+    def from_toml(cls, path: str | Path) -> DeviceManager:
+        """The declared devices, whether they are here or not; nothing is measured."""
+        return cls.from_topology(read_topology(path))
+
+    def to_toml(self, path: str | Path | None = None) -> str:
+        """The topology as TOML, also written to `path` if one is given; `from_toml` reads back an equal one."""
+        text = topology_to_toml(self.topology)
+        if path is not None:
+            write_whole(path, text)
+        return text
+
     def get_devices(self, kind: str | None = None) -> list[DeviceSpec]:
         """All devices, or those of one kind ("GPU", "cpu", ...); an empty list where there are none."""
-        if kind is not None and kind.upper() not in KINDS:
+        if kind is None:
+            return list(self.topology.devices)
+        if kind.upper() not in KINDS:
             raise InvalidInput(f"no kind of device is called {kind!r}; kinds are {', '.join(KINDS)}")
-        return [d for d in self.topology.devices if kind is None or d.kind == kind.upper()]
+        return self.topology.by_kind(kind)
+
+    def __repr__(self) -> str:
+        return f"DeviceManager({', '.join(d.name for d in self.topology.devices)})"
+
+    def __str__(self) -> str:
+        return device_table(self.topology)
+
+
+def _measured(
+    devices: Sequence[DeviceSpec], path: str | Path, fresh: bool, progress: Progress | None
+) -> list[DeviceSpec]:
+    num_computing = sum(d.can_compute and d.usable for d in devices)
+
+    def measure(spec: DeviceSpec) -> Limits:
+        if spec.kind == "DISK":
+            if progress:
+                progress(f"measuring how fast the disk under {path} reads")
+            return measure_disk(path, DISK_SECONDS)
+        return measure_device(spec, COMPUTE_SECONDS / num_computing, progress)
+
+    return [_cached(spec, measure, fresh) if spec.usable else spec for spec in devices]
+
+
+def _cached(spec: DeviceSpec, measure: Callable[[DeviceSpec], Limits], fresh: bool) -> DeviceSpec:
+    key = disk_fingerprint(spec) if spec.kind == "DISK" else fingerprint(spec)
+    found = None if fresh else limits.load(key)
+    if found is None:
+        found = measure(spec)
+        if found.measured:
+            limits.store(key, found)
+    return found.on(spec)
+
+
+def _disk_links(devices: Sequence[DeviceSpec]) -> list[Link]:
+    """From the disk into each CPU's memory, as measured; writing to it was not measured and has no link."""
+    links = []
+    for disk in devices:
+        if disk.kind == "DISK" and disk.memory_bandwidth:
+            latency = float(disk.facts.get("read_latency_s", 0.0))
+            cpus = [d.name for d in devices if d.kind == "CPU"]
+            links += [Link(disk.name, cpu, disk.memory_bandwidth, latency, disk.basis) for cpu in cpus]
+    return links

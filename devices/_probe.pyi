@@ -1,0 +1,6 @@
+from collections.abc import Sequence
+
+def read_bandwidth(
+    nbytes: int, threads: int, seconds: float, windows: int = 5, cpus: Sequence[int] = ()
+) -> list[float]: ...
+def instruction_set() -> str: ...
