@@ -1,1 +1,67 @@
-"""ciuic_runtime."""
+"""Plan, run and inspect DeepSeek models on whatever hardware there is. Public names are loaded when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ciuic_runtime.devices.errors import CiuicError, InvalidInput, OutOfMemory
+    from ciuic_runtime.devices.manager import DeviceManager
+    from ciuic_runtime.devices.spec import DeviceSpec, Link, Topology
+    from ciuic_runtime.engine.llm import LLM
+    from ciuic_runtime.engine.request import RequestOutput
+    from ciuic_runtime.engine.sampling import SamplingParams
+    from ciuic_runtime.model import Model
+    from ciuic_runtime.planning import plan
+    from ciuic_runtime.schedulers.cost import Calibration, CostModel
+    from ciuic_runtime.schedulers.graph import Task, TaskGraph
+    from ciuic_runtime.schedulers.placement import Placement
+    from ciuic_runtime.schedulers.schedule import Schedule
+    from ciuic_runtime.schedulers.scheduler import TaskScheduler, policy
+    from ciuic_runtime.schedulers.simulate import simulate
+    from ciuic_runtime.schedulers.trace import Trace
+    from ciuic_runtime.schedulers.workload import Workload
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CiuicError": "devices.errors",
+    "InvalidInput": "devices.errors",
+    "OutOfMemory": "devices.errors",
+    "DeviceManager": "devices.manager",
+    "DeviceSpec": "devices.spec",
+    "Link": "devices.spec",
+    "Topology": "devices.spec",
+    "LLM": "engine.llm",
+    "RequestOutput": "engine.request",
+    "SamplingParams": "engine.sampling",
+    "Model": "model",
+    "plan": "planning",
+    "Calibration": "schedulers.cost",
+    "CostModel": "schedulers.cost",
+    "Task": "schedulers.graph",
+    "TaskGraph": "schedulers.graph",
+    "Placement": "schedulers.placement",
+    "Schedule": "schedulers.schedule",
+    "TaskScheduler": "schedulers.scheduler",
+    "policy": "schedulers.scheduler",
+    "simulate": "schedulers.simulate",
+    "Trace": "schedulers.trace",
+    "Workload": "schedulers.workload",
+}
+__all__ = [
+    "LLM", "Calibration", "CiuicError", "CostModel", "DeviceManager", "DeviceSpec", "InvalidInput", "Link", "Model",
+    "OutOfMemory", "Placement", "RequestOutput", "SamplingParams", "Schedule", "Task", "TaskGraph", "TaskScheduler",
+    "Topology", "Trace", "Workload", "plan", "policy", "simulate",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ciuic_runtime' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ciuic_runtime.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -45,5 +45,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
         return GgufCheckpoint(path)
     if not path.exists():
-        raise InvalidInput(f"no checkpoint at {path}; give a folder with config.json and *.safetensors, or a .gguf file")
+        raise InvalidInput(
+            f"no checkpoint at {path}; give a folder with config.json and *.safetensors, or a .gguf file"
+        )
     raise InvalidInput(f"{path} is neither a checkpoint folder nor a .gguf file")

@@ -1,0 +1,225 @@
+"""Carries a schedule out on the devices of this machine: loads each page where the schedule has it, then runs every
+pass task by task, copying between devices where the schedule crosses them. Decides nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ciuic_runtime.devices.backend import Backend
+from ciuic_runtime.engine.recorder import Recorder
+from ciuic_runtime.memory.kv_cache import KVCache
+from ciuic_runtime.models.batch import Batch
+from ciuic_runtime.models.checkpoint import Checkpoint
+from ciuic_runtime.models.forward import Forward, Pass, TaskFunction, Weights
+from ciuic_runtime.models.graph import FLOAT32_ROLES
+from ciuic_runtime.models.spec import ModelSpec
+from ciuic_runtime.models.tensors import TensorSpec, tensors_by_page
+from ciuic_runtime.ops.moe import combine, experts
+from ciuic_runtime.schedulers.graph import Phase, Task, TaskGraph
+from ciuic_runtime.schedulers.schedule import Schedule
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(slots=True)
+class _Instruction:
+    """A task bound to its device, weights and function."""
+
+    task: Task
+    device: str
+    backend: Backend
+    number: int  # of the task in the recorder
+    lane: int  # of the device in the recorder
+    function: TaskFunction | None  # None: routed experts
+    experts: dict[str, dict[int, Weights]] = field(default_factory=dict)  # device -> expert -> weights
+    last_use: tuple[str, ...] = ()  # values that nobody reads after this
+
+
+class LocalExecutor:
+    """One process, any number of devices; one task at a time."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        graph: TaskGraph,
+        schedule: Schedule,
+        checkpoint: Checkpoint,
+        backends: Mapping[str, Backend],
+        num_blocks: int,
+        recorder: Recorder,
+        progress: Progress | None = None,
+    ) -> None:
+        schedule.validate(graph)
+        self.graph, self.schedule, self.backends, self.recorder = graph, schedule, backends, recorder
+        self.dtype: torch.dtype = getattr(torch, graph.format)
+        self._checkpoint = checkpoint
+        values = round(spec.kv_values_per_token / spec.num_layers)
+        layer_of = {t.layer: schedule.device_of(t.name) for t in graph if t.kind == "attention" and t.layer is not None}
+        self.cache = KVCache(
+            dict.fromkeys(layer_of, values), num_blocks, self.dtype, lambda i, n: backends[layer_of[i]].allocate(n)
+        )
+        self.forward = Forward(spec, self.cache)
+        self._pages: dict[tuple[str, str], Weights] = {}
+        self._program = self._compile(tensors_by_page(spec), progress or (lambda done, total: None))
+
+    @torch.inference_mode()
+    def step(self, batch: Batch, phase: Phase) -> torch.Tensor:
+        """Runs one pass; logits of the sampled rows, float32 [sampled, vocab] on the host."""
+        begin = time.perf_counter()
+        run = _Run(self, batch)
+        for instruction in self._program:
+            run.execute(instruction)
+        logits = run.host_value("head")
+        self.recorder.end_step(phase, batch.num_tokens, len(batch.sequences), begin)
+        return logits
+
+    def _compile(self, tensors: Mapping[str, tuple[TensorSpec, ...]], progress: Progress) -> list[_Instruction]:
+        """Loads every page where the schedule has it and binds the tasks, in the graph's order."""
+        total, done = sum(r.nbytes for r in self.schedule.assignments), 0
+        last = {name: task.name for task in self.graph for name in task.after}
+        program = []
+        for task in self.graph:
+            device = self.schedule.device_of(task.name)
+            instruction = _Instruction(
+                task, device, self.backends[device], self.recorder.number(task.name), self.recorder.number(device), None,
+                last_use=tuple(name for name in task.after if last[name] == task.name),
+            )  # fmt: skip
+            if task.num_experts:
+                for e, home in enumerate(self.schedule.expert_devices(task)):
+                    weights = self._load(task.pages[e].name, home, tensors)
+                    instruction.experts.setdefault(home, {})[e] = weights
+            else:
+                instruction.function = self.forward.function(task, self._load(task.pages[0].name, device, tensors))
+            done += task.nbytes
+            progress(min(done, total), total)
+            program.append(instruction)
+        return program
+
+    def _load(self, page: str, device: str, tensors: Mapping[str, tuple[TensorSpec, ...]]) -> Weights:
+        """The page's tensors on a device: mapped from the file where the device is the host and the type fits, else
+        copied into one block of the device's memory."""
+        if (page, device) not in self._pages:
+            backend = self.backends[device]
+            loaded = {
+                t.role: self._checkpoint.load(t, torch.float32 if t.role in FLOAT32_ROLES else self.dtype)
+                for t in tensors[page]
+            }
+            self._pages[page, device] = loaded if backend.host_memory else _to_device(loaded, backend)
+        return self._pages[page, device]
+
+
+class _Run:
+    """One pass: the values that tasks have handed on so far, by task and device."""
+
+    def __init__(self, executor: LocalExecutor, batch: Batch) -> None:
+        self.x = executor
+        self.batch = batch
+        self.values: dict[tuple[str, str], Any] = {}
+        self.passes: dict[str, Pass] = {}
+
+    def execute(self, i: _Instruction) -> None:
+        if i.function is None:
+            value = self._experts(i)
+        else:
+            inputs = [self._fetch(name, i.device) for name in i.task.after]
+            value = self._launch(i, i.device, i.function, self._pass(i.device), *inputs)
+        self.values[i.task.name, i.device] = value
+        for name in i.last_use:
+            for device in self.x.backends:
+                self.values.pop((name, device), None)
+
+    def _experts(self, i: _Instruction) -> torch.Tensor:
+        """Each device fills the rows of its experts; they are combined where the router runs."""
+        x_name, router, *added = i.task.after
+        home, rows = i.device, None
+        ids, weights = self._fetch(router, home)
+        for device, mine in i.experts.items():
+            x = self._fetch(x_name, device)
+            local_ids = self._fetch(router, device)[0]
+            part = x.new_empty(x.shape[0] * i.task.experts_per_token, x.shape[1])
+            self._launch(i, device, experts, x, local_ids, mine, part)
+            if len(i.experts) == 1 and device == home:
+                rows = part
+                continue
+            if rows is None:
+                x_home = self._fetch(x_name, home)
+                rows = x_home.new_empty(part.shape)
+            held = [e in mine for e in range(i.task.num_experts)]
+            here = torch.tensor(held)[local_ids.flatten().cpu()].nonzero().flatten()
+            rows[here.to(rows.device)] = self._move(i.number, part[here.to(part.device)], device, home)
+        assert rows is not None
+        inputs = [self._fetch(name, home) for name in added]
+        return self._launch(i, home, _combine, rows, weights, inputs)
+
+    def _fetch(self, name: str, device: str) -> Any:
+        """A task's value on a device, copied there the first time it is asked for."""
+        if (name, device) not in self.values:
+            source = self.x.schedule.device_of(name)
+            number = self.x.recorder.number(name)
+            value = self.values[name, source]
+            if isinstance(value, tuple):
+                self.values[name, device] = tuple(self._move(number, part, source, device) for part in value)
+            else:
+                self.values[name, device] = self._move(number, value, source, device)
+        return self.values[name, device]
+
+    def _move(self, number: int, value: torch.Tensor, src: str, dst: str) -> torch.Tensor:
+        if src == dst:
+            return value
+        target, origin = self.x.backends[dst], self.x.backends[src]
+        start = time.perf_counter()
+        origin.synchronize()
+        moved = torch.empty(value.shape, dtype=value.dtype, device=target.torch_device)
+        (origin if target.host_memory else target).copy(moved, value)
+        (origin if target.host_memory else target).synchronize()
+        end = time.perf_counter()
+        self.x.recorder.add(number, self.x.recorder.number(f"{src} -> {dst}"), start, end, 1, value.nbytes)
+        return moved
+
+    def _launch(self, i: _Instruction, device: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs a task's function on a device and records it; asynchronous devices are waited for."""
+        backend = self.x.backends[device]
+        start = time.perf_counter()
+        value = backend.launch(function, *args, name=i.task.name)
+        backend.synchronize()
+        end = time.perf_counter()
+        self.x.recorder.add(i.number, i.lane if device == i.device else self.x.recorder.number(device), start, end)
+        return value
+
+    def _pass(self, device: str) -> Pass:
+        if device not in self.passes:
+            self.passes[device] = self.x.forward.start(self.batch.to(self.x.backends[device].torch_device))
+        return self.passes[device]
+
+    def host_value(self, name: str) -> torch.Tensor:
+        value: torch.Tensor = self.values[name, self.x.schedule.device_of(name)]
+        return value.cpu()
+
+
+def _combine(rows: torch.Tensor, weights: torch.Tensor, added: list[torch.Tensor]) -> torch.Tensor:
+    """The routed experts' rows, then the shared experts, then the residual."""
+    total = combine(rows, weights)
+    for value in added:
+        total = total + value
+    return total
+
+
+def _to_device(weights: Weights, backend: Backend) -> Weights:
+    """One contiguous block of the device's memory, each tensor at a multiple of 64 bytes."""
+    offsets, end = {}, 0
+    for role, tensor in weights.items():
+        offsets[role] = end
+        end += -(-tensor.nbytes // 64) * 64
+    block = backend.allocate(end)
+    placed = {}
+    for role, tensor in weights.items():
+        view = block[offsets[role] : offsets[role] + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        backend.copy(view, tensor)
+        placed[role] = view
+    backend.synchronize()
+    return placed

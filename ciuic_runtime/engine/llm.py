@@ -1,0 +1,275 @@
+"""`LLM`: a checkpoint opened, a schedule carried out, prompts turned into text.
+The queue decides what runs next, the executor runs it, and this class only moves results between them."""
+
+from __future__ import annotations
+
+import logging
+import resource
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ciuic_runtime.devices.backends import open_backend
+from ciuic_runtime.devices.errors import CiuicError, InvalidInput
+from ciuic_runtime.devices.manager import DeviceManager
+from ciuic_runtime.devices.spec import DeviceSpec, Topology
+from ciuic_runtime.engine.config import RuntimeConfig, resolve
+from ciuic_runtime.engine.executor import LocalExecutor
+from ciuic_runtime.engine.queue import Decision, RequestQueue
+from ciuic_runtime.engine.recorder import Recorder
+from ciuic_runtime.engine.request import Request, RequestOutput
+from ciuic_runtime.engine.sampling import SamplingParams, sample
+from ciuic_runtime.engine.text import TextStream
+from ciuic_runtime.memory.kv_cache import blocks_for
+from ciuic_runtime.model import Model
+from ciuic_runtime.models.batch import Chunk, make_batch
+from ciuic_runtime.models.checkpoint import open_checkpoint
+from ciuic_runtime.models.tokenizer import Tokenizer, load_tokenizer
+from ciuic_runtime.planning import plan
+from ciuic_runtime.schedulers.placement import Placement
+from ciuic_runtime.schedulers.schedule import Schedule
+from ciuic_runtime.schedulers.trace import Trace
+from ciuic_runtime.schedulers.workload import Workload
+
+log = logging.getLogger("ciuic")
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """Runs a model by a schedule; without one, plans first.
+
+    Raises InvalidInput or OutOfMemory before any weight is loaded, if the model cannot be run as asked."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        schedule: Schedule | None = None,
+        executor: str = "local",
+        dtype: str = "auto",
+        memory: Mapping[str, str | int] | None = None,
+        placement: Placement | None = None,
+        devices: DeviceManager | Topology | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        threads: int | None = None,
+        prefill_chunk: int = 512,
+        goal: str = "latency",
+        workload: Workload | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        if executor != "local":
+            raise InvalidInput(f"executor {executor!r}: this version has only 'local'; Ray clusters are not in it yet")
+        self._checkpoint = open_checkpoint(model)
+        spec = self._checkpoint.spec
+        if spec.why_not_runnable:
+            raise InvalidInput(spec.why_not_runnable)
+        self.model = Model(model, dtype if schedule is None or dtype != "auto" else schedule.model.format, spec)
+        self.topology = _topology(devices, schedule, memory)
+        config = RuntimeConfig(dtype, max_model_len, max_num_seqs, threads, prefill_chunk, goal)
+
+        def planner(work: Workload) -> Schedule:
+            if schedule is None:
+                return plan(self.model, self.topology, memory=memory, goal=goal, workload=work, placement=placement)
+            _check_given(schedule, self.model, self.topology, work)
+            return schedule
+
+        self.config, self.schedule = resolve(config, spec, workload, planner)
+        self.threads = _set_threads(threads, self.topology, self.schedule)
+        self._recorder = Recorder()
+        self._backends = {
+            name: open_backend(self.topology.device(name), self.topology) for name in self.schedule.devices_used()
+        }
+        assert self.config.max_model_len is not None and self.config.max_num_seqs is not None
+        num_blocks = blocks_for(self.config.max_model_len) * self.config.max_num_seqs
+        self._executor = LocalExecutor(
+            spec,
+            self.model.graph,
+            self.schedule,
+            self._checkpoint,
+            self._backends,
+            num_blocks,
+            self._recorder,
+            progress,
+        )
+        self._queue = RequestQueue(num_blocks, self.config.max_num_seqs, prefill_chunk)
+        self._tokenizer: Tokenizer | None = None
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Completes one prompt or a batch (text, or token ids), in the order given."""
+        outputs: dict[int, RequestOutput] = {}
+        for _, output in self.stream(prompts, params):
+            outputs[output.index] = output
+        return [outputs[i] for i in sorted(outputs)]
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[tuple[str, RequestOutput]]:
+        """Yields (new text, output so far) each time a prompt gets a token; left early, it frees what it held."""
+        requests = self._requests(prompts, params)
+        self._recorder.clear()
+        for request in requests:
+            self._queue.add(request)
+        try:
+            while decision := self._queue.decide():
+                yield from self._step(decision)
+        finally:
+            for request in self._queue.clear():
+                request.finish("interrupted")
+
+    def logits(self, token_ids: Sequence[int], chunk: int | None = None) -> torch.Tensor:
+        """Logits at every position of a prompt, float32 [tokens, vocab], computed in chunks of `chunk` tokens."""
+        self._check_length(len(token_ids), 0, "the prompt")
+        blocks = tuple(range(blocks_for(len(token_ids))))
+        size = chunk or self.config.prefill_chunk
+        parts = []
+        for at in range(0, len(token_ids), size):
+            piece = Chunk(tuple(token_ids[at : at + size]), at, blocks, prompt=True, sample="all")
+            parts.append(self._executor.step(make_batch([piece]), "prefill"))
+        return torch.cat(parts)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Loaded at first use; a checkpoint without one can still be driven by token ids."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._checkpoint.path)
+        return self._tokenizer
+
+    @property
+    def trace(self) -> Trace:
+        """What happened since the last `generate` or `stream` began."""
+        notes = [f"{d.name} is simulated" for d in self.topology.devices if d.simulated and d.name in self._backends]
+        return self._recorder.trace(self.schedule.devices_used(), notes)
+
+    def peak_memory_bytes(self) -> dict[str, int]:
+        """By device: for CPUs the process's peak resident memory (the system's figure), else what was allocated."""
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {n: resident if b.host_memory else b.memory().peak for n, b in self._backends.items()}
+
+    def close(self) -> None:
+        self._checkpoint.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _step(self, decision: Decision) -> Iterator[tuple[str, RequestOutput]]:
+        logits = self._executor.step(make_batch(decision.chunks), decision.phase)
+        self._queue.computed(decision)
+        sampled = [r for r, c in zip(decision.requests, decision.chunks, strict=True) if c.sample]
+        shown = [(r, self._sample(r, row)) for r, row in zip(sampled, logits, strict=True)]
+        self._queue.release_finished()
+        for request, text in shown:
+            yield text, request.output()
+
+    def _sample(self, request: Request, logits: torch.Tensor) -> str:
+        history = request.history if request.params.repetition_penalty != 1.0 else ()
+        try:
+            token = sample(logits, request.params, history, request.seed, request.computed)
+        except FloatingPointError as error:
+            raise CiuicError(f"prompt {request.index}, position {request.computed}: {error}") from error
+        return request.append(token)
+
+    def _requests(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        every: list[Any] = [prompts] if single else list(prompts)
+        if not every:
+            raise InvalidInput("no prompts were given")
+        one = params or SamplingParams()
+        chosen = [one] * len(every) if isinstance(one, SamplingParams) else list(one)
+        if len(chosen) != len(every):
+            raise InvalidInput(
+                f"{len(every)} prompts and {len(chosen)} sampling parameters were given; give one for each, or one for all"
+            )
+        return [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(every, chosen, strict=True))]
+
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
+        spec = self.model.spec
+        if not ids:
+            raise InvalidInput(f"prompt {index} is empty; give at least one token")
+        if bad := [t for t in ids if not 0 <= t < spec.vocab_size]:
+            raise InvalidInput(f"prompt {index} has token id {bad[0]}; {spec.name} has ids 0 to {spec.vocab_size - 1}")
+        self._check_length(len(ids), params.max_tokens, f"prompt {index}")
+        return Request(index, ids, params, self._text_stream(params), frozenset(self._eos()))
+
+    def _check_length(self, prompt: int, new: int, what: str) -> None:
+        limit = self.config.max_model_len
+        assert limit is not None
+        if prompt + new > limit:
+            raise InvalidInput(
+                f"{what} has {prompt} tokens and {new} new ones were asked for; the context holds {limit} "
+                f"({self.model.spec.name} allows {self.model.spec.max_positions}); shorten it, ask for fewer, or raise max_model_len"
+            )
+
+    def _text_stream(self, params: SamplingParams) -> TextStream:
+        try:
+            return TextStream(self.tokenizer.decode, params.stop)
+        except InvalidInput:
+            if params.stop:
+                raise
+            return TextStream(lambda ids: "")  # token ids in, token ids out
+
+    def _eos(self) -> set[int]:
+        found = set(self.model.spec.eos_token_ids)
+        return found | set(self._tokenizer.eos_token_ids) if self._tokenizer else found
+
+
+def _topology(
+    devices: DeviceManager | Topology | None, schedule: Schedule | None, memory: Mapping[str, str | int] | None
+) -> Topology:
+    """The devices to run on: those given, else this machine's together with a schedule's simulated ones."""
+    if isinstance(devices, Topology):
+        return devices
+    if devices is not None:
+        return devices.topology
+    here = DeviceManager(measure="never" if schedule is not None else "cached").topology
+    if schedule is None:
+        return here
+    known = {d.name for d in here.devices}
+    declared = [d for d in schedule.topology.devices if d.name not in known and _stands_in(d)]
+    links = [x for x in schedule.topology.links if {x.src, x.dst} <= known | {d.name for d in declared}]
+    return Topology((*here.devices, *declared), (*here.links, *links))
+
+
+def _stands_in(device: DeviceSpec) -> bool:
+    """Devices that any machine can play: simulated ones, and further shares of the host (cpu:1)."""
+    return device.kind in ("SIM", "CPU") and "/" not in device.name
+
+
+def _check_given(schedule: Schedule, model: Model, topology: Topology, work: Workload) -> None:
+    """A schedule that was made elsewhere or earlier must fit this model and what this machine has now."""
+    for name in schedule.devices_used():
+        topology.device(name)
+    here = schedule.with_topology(
+        Topology(
+            tuple(
+                topology.device(d.name)
+                for d in schedule.topology.devices
+                if d.name in {x.name for x in topology.devices}
+            )
+        )
+    )
+    here.validate(model.graph)
+    here.check_memory(model.graph, work)
+
+
+def _set_threads(threads: int | None, topology: Topology, schedule: Schedule) -> int:
+    """Threads that torch computes with: as asked, else the cores of the CPU devices in use."""
+    if threads is not None and not 1 <= threads <= 4096:
+        raise InvalidInput(f"threads is {threads}; it must be a whole number of at least 1")
+    cores = sum(topology.device(n).cores for n in schedule.devices_used() if topology.device(n).kind == "CPU")
+    count = threads or max(1, cores or torch.get_num_threads())
+    torch.set_num_threads(count)
+    return count

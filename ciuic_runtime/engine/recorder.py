@@ -1,0 +1,69 @@
+"""Records what ran where and when into preallocated columns, cheaply; a `Trace` is built when somebody reads it.
+Knows lanes and tasks as numbers only until then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+
+from ciuic_runtime.schedulers.graph import Phase
+from ciuic_runtime.schedulers.trace import Event, EventKind, StepInfo, Trace
+
+_KINDS: tuple[EventKind, ...] = ("compute", "copy", "sample")
+_COLUMNS = np.dtype(
+    [("task", "i4"), ("lane", "i4"), ("step", "i4"), ("kind", "i1"), ("nbytes", "i8"), ("start", "f8"), ("end", "f8")]
+)
+
+
+class Recorder:
+    """Rows double when they run out; that is the only allocation."""
+
+    def __init__(self, capacity: int = 1 << 14) -> None:
+        self._rows = np.zeros(capacity, _COLUMNS)
+        self._used = 0
+        self._names: dict[str, int] = {}
+        self._steps: list[tuple[Phase, int, int, float, float]] = []
+        self.begin = time.perf_counter()
+
+    def number(self, name: str) -> int:
+        """The number under which `add` knows a task or lane."""
+        return self._names.setdefault(name, len(self._names))
+
+    def add(self, task: int, lane: int, start: float, end: float, kind: int = 0, nbytes: int = 0) -> None:
+        """One event of the current step; times as time.perf_counter() gives them."""
+        if self._used == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+        self._rows[self._used] = (task, lane, len(self._steps), kind, nbytes, start, end)
+        self._used += 1
+
+    def end_step(self, phase: Phase, tokens: int, sequences: int, start: float) -> None:
+        self._steps.append((phase, tokens, sequences, start, time.perf_counter()))
+
+    def clear(self) -> None:
+        """Forgets what was recorded; names keep their numbers."""
+        self._used = 0
+        self._steps.clear()
+        self.begin = time.perf_counter()
+
+    def trace(self, devices: Sequence[str], notes: Sequence[str] = ()) -> Trace:
+        names = list(self._names)
+        begin, steps = self.begin, self._steps
+        events = tuple(
+            Event(
+                names[r["task"]],
+                names[r["lane"]],
+                float(r["start"]) - begin,
+                float(r["end"]) - begin,
+                int(r["step"]),
+                steps[r["step"]][0],
+                cast(EventKind, _KINDS[r["kind"]]),
+                int(r["nbytes"]),
+            )  # fmt: skip
+            for r in self._rows[: self._used]
+            if r["step"] < len(steps)  # an interrupted step is left out
+        )
+        infos = tuple(StepInfo(p, t, s, a - begin, b - begin) for p, t, s, a, b in steps)
+        return Trace(events, infos, "measured", tuple(devices), tuple(notes))

@@ -1,0 +1,85 @@
+"""A request while it lives, and what is handed back of it.
+Knows its own tokens and blocks; when it runs is the queue's decision."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ciuic_runtime.engine.sampling import SamplingParams
+from ciuic_runtime.engine.text import TextStream
+
+FinishReason = Literal["stop", "length", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one prompt became. Times are in seconds since the request was made."""
+
+    index: int
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]  # new tokens; an end-of-sequence token is the last one
+    text: str
+    finish_reason: FinishReason | None  # None: still running
+    seed: int
+    first_token_s: float | None
+    total_s: float
+
+
+@dataclass(slots=True)
+class Request:
+    index: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    text: TextStream
+    eos_token_ids: frozenset[int]
+    token_ids: list[int] = field(default_factory=list)
+    computed: int = 0  # tokens whose cache entries exist
+    blocks: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    made: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    last_token: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
+
+    @property
+    def prompt_left(self) -> int:
+        return max(0, len(self.prompt) - self.computed)
+
+    @property
+    def most_tokens(self) -> int:
+        return len(self.prompt) + self.params.max_tokens
+
+    @property
+    def history(self) -> list[int]:
+        return [*self.prompt, *self.token_ids]
+
+    def append(self, token_id: int) -> str:
+        """Takes the next token; returns the text that can be shown for it."""
+        self.last_token = time.perf_counter()
+        self.first_token = self.first_token or self.last_token
+        self.token_ids.append(token_id)
+        if token_id in self.eos_token_ids and not self.params.ignore_eos:
+            return self.finish("stop")
+        shown = self.text.push(token_id)
+        if self.text.stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.params.max_tokens:
+            shown += self.finish("length")
+        return shown
+
+    def finish(self, reason: FinishReason) -> str:
+        self.finish_reason = reason
+        return self.text.finish()
+
+    def output(self) -> RequestOutput:
+        end = self.last_token or time.perf_counter()
+        return RequestOutput(
+            self.index, self.prompt, tuple(self.token_ids), self.text.text, self.finish_reason, self.seed,
+            self.first_token and self.first_token - self.made, end - self.made,
+        )  # fmt: skip

@@ -1,0 +1,99 @@
+"""How the next token is chosen from logits: the parameters a user gives, and one pure function.
+A draw depends on (seed, position) only, so neighbours, restarts and batch order cannot change it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ciuic_runtime.devices.errors import InvalidInput
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    max_tokens: int = 128
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0  # tokens less likely than this share of the likeliest are dropped
+    repetition_penalty: float = 1.0
+    seed: int | None = None  # None: drawn afresh for each request, and reported
+    stop: tuple[str, ...] = ()  # generation ends before the first of these strings
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        _whole("max_tokens", self.max_tokens, 1, 2**31)
+        _whole("top_k", self.top_k, 0, 2**31)
+        if self.seed is not None:
+            _whole("seed", self.seed, 0, 2**63)
+        _number("temperature", self.temperature, 0, 100)
+        _number("top_p", self.top_p, 0, 1, open_low=True)
+        _number("min_p", self.min_p, 0, 1)
+        _number("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise InvalidInput(f"stop {self.stop!r}: stop strings must be text that is not empty")
+
+
+def sample(logits: torch.Tensor, params: SamplingParams, history: Sequence[int], seed: int, position: int) -> int:
+    """One token from logits float32 [vocab]. `history` is prompt and output so far, for the repetition penalty."""
+    if not torch.isfinite(logits).all():
+        if torch.isnan(logits).any() or torch.isposinf(logits).any():
+            raise FloatingPointError("the model produced NaN or infinite logits; its weights or activations overflow")
+    if params.repetition_penalty != 1.0 and history:
+        logits = _penalised(logits, params.repetition_penalty, history)
+    if params.temperature == 0:
+        return int(logits.argmax())
+    ranked, ids = (logits / params.temperature).sort(descending=True, stable=True)
+    probabilities = _filtered(ranked.double().softmax(dim=0), params)
+    cumulative = probabilities.cumsum(dim=0)
+    target = uniform(seed, position) * float(cumulative[-1])
+    at = int(torch.searchsorted(cumulative, torch.tensor(target, dtype=torch.float64), right=True))
+    return int(ids[min(at, int(probabilities.nonzero()[-1]))])
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that is a function of its arguments (the counter-based generator Philox)."""
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
+
+
+def _filtered(probabilities: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Sorted probabilities with what top-k, top-p and min-p drop set to zero; the likeliest always stays."""
+    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    if params.top_k:
+        keep[params.top_k :] = False
+    if params.top_p < 1:
+        kept = probabilities * keep
+        kept = kept / kept.sum()
+        keep &= kept.cumsum(dim=0) - kept < params.top_p
+    if params.min_p:
+        keep &= probabilities >= params.min_p * probabilities[0]
+    keep[0] = True
+    return probabilities * keep
+
+
+def _penalised(logits: torch.Tensor, penalty: float, history: Sequence[int]) -> torch.Tensor:
+    """Seen tokens' logits divided by the penalty where positive, multiplied where negative (CTRL, arXiv 1909.05858)."""
+    seen = torch.tensor(sorted(set(history)))
+    values = logits[seen]
+    logits = logits.clone()
+    logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    return logits
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidInput(f"{name} is {value!r}; it must be a whole number of at least {low}")
+
+
+def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if not good or (open_low and value == low):
+        raise InvalidInput(
+            f"{name} is {value!r}; it must be a number {'above' if open_low else 'from'} {low} {'up ' if open_low else ''}to {high}"
+        )

@@ -1,0 +1,53 @@
+"""A model as people name it: a checkpoint folder, a GGUF file, a config.json, or a known name. Reads configuration only;
+what it gives is what a plan needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from ciuic_runtime.devices.errors import InvalidInput
+from ciuic_runtime.models.config import load_spec
+from ciuic_runtime.models.graph import build_graph
+from ciuic_runtime.models.spec import ModelSpec
+from ciuic_runtime.schedulers.graph import Layer, Page, TaskGraph
+
+FORMATS = ("auto", "float32", "bfloat16")
+
+
+def parse_format(name: str, spec: ModelSpec) -> str:
+    """The type that weights are held in; "auto" is the checkpoint's own, bfloat16 for float16 and quantised files."""
+    if name not in FORMATS:
+        raise InvalidInput(
+            f"format {name!r} is not one of {', '.join(FORMATS)}; packed formats are not in this version"
+        )
+    return spec.default_dtype if name == "auto" else name
+
+
+class Model:
+    """`Model("deepseek-v3")`: `.spec`, `.graph`, `.layers`, `.pages`; nothing of the weights is read."""
+
+    def __init__(self, source: str | Path, format: str = "auto", spec: ModelSpec | None = None) -> None:
+        self.source = source
+        self.spec = spec or load_spec(source)
+        self.format = parse_format(format, self.spec)
+
+    @cached_property
+    def graph(self) -> TaskGraph:
+        return build_graph(self.spec, self.format)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return self.graph.layers
+
+    @property
+    def pages(self) -> dict[str, Page]:
+        return self.graph.pages
+
+    def __repr__(self) -> str:
+        return f"Model({self.spec.name}, {self.format}, {len(self.layers)} layers, {self.graph.parameters / 1e9:.2f} B parameters)"
+
+
+def with_name(spec: ModelSpec, name: str) -> ModelSpec:
+    return replace(spec, name=name)

@@ -1,0 +1,213 @@
+"""Builds the task graph of a model from its specification: which tasks there are, what they read, and how many
+operations and bytes each takes. Knows no weights and no hardware."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ciuic_runtime.models.spec import DTYPE_BYTES, ModelSpec
+from ciuic_runtime.models.tensors import TensorSpec, count_parameters, tensors_by_page
+from ciuic_runtime.schedulers.graph import Page, Task, TaskGraph, TaskKind, Work
+
+# Operator calls that the torch path makes per task (counted in ops/ and models/forward.py): what each costs besides
+# its work is the device's launch overhead.
+NORM_LAUNCHES = 5
+MLP_LAUNCHES = 5
+ROUTER_LAUNCHES = 10
+GROUP_LIMIT_LAUNCHES = 10
+EXPERT_LAUNCHES = 8
+COMBINE_LAUNCHES = 6
+ATTENTION_LAUNCHES = 22
+ATTENTION_LAUNCHES_PER_SEQUENCE = 14
+
+# Matrices stay in the type of the run; what is small and sensitive stays in float32, as the checkpoints have it.
+FLOAT32_ROLES = ("e_score_correction_bias",)
+
+
+@lru_cache(maxsize=16)
+def build_graph(spec: ModelSpec, dtype: str = "bfloat16") -> TaskGraph:
+    """The tasks of one pass over the model, with weights and activations held in `dtype`."""
+    return _Builder(spec, dtype).build()
+
+
+def tensor_nbytes(tensor: TensorSpec, dtype: str) -> int:
+    return tensor.num_parameters * (4 if tensor.role in FLOAT32_ROLES else DTYPE_BYTES[dtype])
+
+
+class _Builder:
+    def __init__(self, spec: ModelSpec, dtype: str) -> None:
+        self.spec, self.dtype, self.size = spec, dtype, DTYPE_BYTES[dtype]
+        self.pages = {
+            name: Page(name, sum(tensor_nbytes(t, dtype) for t in members))
+            for name, members in tensors_by_page(spec).items()
+        }
+        self.parameters = {
+            name: sum(t.num_parameters for t in members if t.is_matrix)
+            for name, members in tensors_by_page(spec).items()
+        }
+        self.row = spec.hidden_size * self.size  # bytes of one token's residual
+        self.tasks: list[Task] = []
+
+    def build(self) -> TaskGraph:
+        spec = self.spec
+        self._add("embedding", "embedding", None, Work(bytes_per_token=2 * self.row))
+        residual = "embedding"
+        for layer in range(spec.num_layers):
+            residual = self._layer(layer, residual)
+        norm = self._norm("final_norm", None, residual)
+        self._head(norm)
+        count = count_parameters(spec)
+        return TaskGraph(
+            name=spec.name,
+            tasks=tuple(self.tasks),
+            format=self.dtype,
+            parameters=count.total,
+            active_parameters=count.active,
+            hidden_bytes_per_token=self.row,
+            max_positions=spec.max_positions,
+            **self._working_bytes(),
+        )
+
+    def _layer(self, layer: int, residual: str) -> str:
+        name = f"layers.{layer}."
+        norm = self._norm(name + "attention_norm", layer, residual)
+        attention = self._attention(name + "attention", layer, (norm, residual))
+        norm = self._norm(name + "mlp_norm", layer, attention)
+        if not self.spec.is_moe(layer):
+            work = self._dense(name + "mlp", MLP_LAUNCHES + 1)
+            return self._add(name + "mlp", "mlp", layer, work, after=(norm, attention))
+        return self._moe(name, layer, norm, attention)
+
+    def _moe(self, name: str, layer: int, norm: str, attention: str) -> str:
+        moe = self.spec.moe
+        assert moe is not None
+        launches = ROUTER_LAUNCHES + (GROUP_LIMIT_LAUNCHES if moe.num_groups > 1 else 0)
+        work = self._dense(name + "router", launches)
+        router = self._add(name + "router", "router", layer, work, after=(norm,), out=moe.experts_per_token * 12)
+        after = [norm, router]
+        if moe.num_shared:
+            shared = name + "shared_experts"
+            after.append(self._add(shared, "shared_experts", layer, self._dense(shared, MLP_LAUNCHES), after=(norm,)))
+        after.append(attention)
+        pages = tuple(self.pages[f"{name}experts.{e}"] for e in range(moe.num_experts))
+        parameters = self.parameters[f"{name}experts.0"]
+        work = Work(
+            flops_per_token=2.0 * parameters * moe.experts_per_token,
+            bytes_per_token=3.0 * self.row * moe.experts_per_token,
+            bytes_per_expert=pages[0].nbytes,
+            launches=COMBINE_LAUNCHES,
+            launches_per_expert=EXPERT_LAUNCHES,
+        )
+        return self._add(
+            name + "experts", "experts", layer, work, after=tuple(after), pages=pages,
+            num_experts=moe.num_experts, experts_per_token=moe.experts_per_token,
+        )  # fmt: skip
+
+    def _norm(self, name: str, layer: int | None, after: str) -> str:
+        work = Work(
+            flops_per_token=5.0 * self.spec.hidden_size,
+            bytes_fixed=self.pages[name].nbytes,
+            bytes_per_token=2.0 * self.row,
+            launches=NORM_LAUNCHES,
+            per_sequence=layer is None,
+        )
+        return self._add(name, "norm", layer, work, after=(after,))
+
+    def _head(self, norm: str) -> None:
+        page = "embedding" if self.spec.tied_embeddings else "head"
+        work = Work(
+            flops_per_token=2.0 * self.parameters[page],
+            bytes_fixed=self.pages[page].nbytes,
+            bytes_per_token=self.row + 4.0 * self.spec.vocab_size,
+            launches=2,
+            per_sequence=True,
+        )
+        out = 4.0 * self.spec.vocab_size
+        self._add("head", "head", None, work, after=(norm,), pages=(self.pages[page],), out=out)
+
+    def _attention(self, name: str, layer: int, after: tuple[str, ...]) -> str:
+        kv = self.spec.kv_bytes_per_token(self.dtype) / self.spec.num_layers
+        prefill, decode = self._mla(name) if self.spec.mla else self._grouped_query(name)
+        return self._add(name, "attention", layer, prefill, decode, after=after, kv=kv)
+
+    def _grouped_query(self, name: str) -> tuple[Work, Work]:
+        heads, dim = self.spec.num_heads, self.spec.head_dim
+        work = Work(
+            flops_per_token=2.0 * self.parameters[name],
+            flops_per_pair=4.0 * heads * dim,
+            bytes_fixed=self.pages[name].nbytes,
+            bytes_per_token=4.0 * self.row,
+            bytes_per_position=2.0 * self.spec.num_kv_heads * dim * self.size,
+            launches=ATTENTION_LAUNCHES,
+            launches_per_sequence=ATTENTION_LAUNCHES_PER_SEQUENCE,
+        )
+        return work, work
+
+    def _mla(self, name: str) -> tuple[Work, Work]:
+        """Prompt tokens expand the latents to keys and values; generated ones absorb the expansion into the query."""
+        mla, heads = self.spec.mla, self.spec.num_heads
+        assert mla is not None
+        expand = 2.0 * heads * (mla.nope_dim + mla.value_dim) * mla.kv_rank  # one position, or absorbed: one token
+        common = {
+            "bytes_fixed": float(self.pages[name].nbytes),
+            "bytes_per_token": 4.0 * self.row,
+            "bytes_per_position": float(mla.latent_dim * self.size),
+            "launches_per_sequence": ATTENTION_LAUNCHES_PER_SEQUENCE,
+            "launches": ATTENTION_LAUNCHES,
+        }
+        others = 2.0 * self.parameters[name] - expand
+        prefill = Work(
+            flops_per_token=others,
+            flops_per_pair=2.0 * heads * (mla.qk_dim + mla.value_dim),
+            flops_per_position=expand,
+            **common,  # type: ignore[arg-type]
+        )
+        decode = Work(
+            flops_per_token=others + expand,
+            flops_per_pair=2.0 * heads * (mla.latent_dim + mla.kv_rank),
+            **common,  # type: ignore[arg-type]
+        )
+        return prefill, decode
+
+    def _dense(self, page: str, launches: int) -> Work:
+        return Work(
+            flops_per_token=2.0 * self.parameters[page],
+            bytes_fixed=self.pages[page].nbytes,
+            bytes_per_token=3.0 * self.row,
+            launches=launches,
+        )
+
+    def _add(
+        self, name: str, kind: TaskKind, layer: int | None, prefill: Work, decode: Work | None = None, *,
+        after: tuple[str, ...] = (), pages: tuple[Page, ...] | None = None, out: float | None = None,
+        kv: float = 0.0, num_experts: int = 0, experts_per_token: int = 0,
+    ) -> str:  # fmt: skip
+        """Appends a task; `out` is what it hands on per token, by default one residual row."""
+        self.tasks.append(
+            Task(
+                name,
+                kind,
+                layer,
+                pages if pages is not None else (self.pages[name],),
+                prefill,
+                decode or prefill,
+                after,
+                self.row if out is None else out,
+                num_experts,
+                experts_per_token,
+                (),
+                kv,
+            )  # fmt: skip
+        )
+        return name
+
+    def _working_bytes(self) -> dict[str, float]:
+        """Temporaries of the torch path: the widest MLP, attention scores in float32, float32 logits."""
+        spec = self.spec
+        width = max(spec.intermediate_size, spec.moe.intermediate_size * spec.moe.experts_per_token if spec.moe else 0)
+        head = spec.mla.qk_dim + spec.mla.nope_dim + 2 * spec.mla.value_dim if spec.mla else 3 * spec.head_dim
+        return {
+            "working_bytes_per_token": self.size * (3.0 * width + 6.0 * spec.hidden_size + spec.num_heads * head),
+            "working_bytes_per_pair": 4.0 * spec.num_heads,
+            "working_bytes_per_sequence": 4.0 * spec.vocab_size * 3,
+        }

@@ -1,0 +1,117 @@
+"""How long a task takes on a device: a roofline over the device's measured limits, with the utilisation our kernels
+reach. Knows no placement; a `Calibration` is data, measured elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ciuic_runtime.devices.errors import InvalidInput
+from ciuic_runtime.devices.spec import DeviceSpec, Topology
+from ciuic_runtime.schedulers.graph import Step, Task
+from ciuic_runtime.schedulers.workload import Workload
+
+Bound = Literal["compute", "memory", "overhead", "link"]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What share of a device's raw limits our kernels reach, and how far a forecast may be off.
+
+    The defaults are assumptions, not measurements: the plan's basis then says "estimated" or "mixed", and its range
+    is as wide as `model_error` says."""
+
+    compute_utilisation: Mapping[str, float] = field(default_factory=dict)  # device -> share of its matrix rate
+    memory_utilisation: Mapping[str, float] = field(default_factory=dict)  # device -> share of its bandwidth
+    launch_overhead: Mapping[str, float] = field(default_factory=dict)  # device -> s per operator call
+    model_error: float = 0.4  # relative; of a forecast from raw limits alone
+    basis: Literal["measured", "estimated"] = "estimated"
+
+
+# Where a device says nothing of its own launch overhead; estimated.
+ASSUMED_LAUNCH_OVERHEAD = {"CPU": 5e-6, "GPU": 8e-6, "SIM": 0.0}  # s
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Time of one task in one step, and what it was made of."""
+
+    compute_s: float
+    memory_s: float
+    overhead_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.overhead_s + max(self.compute_s, self.memory_s)
+
+    @property
+    def bound_by(self) -> Bound:
+        if self.overhead_s > max(self.compute_s, self.memory_s):
+            return "overhead"
+        return "compute" if self.compute_s >= self.memory_s else "memory"
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """time = launches x overhead + max(flops / (peak x u_c), bytes / (bandwidth x u_m))  (roofline, Williams 2009)."""
+
+    topology: Topology
+    dtype: str = "bfloat16"
+    calibration: Calibration = field(default_factory=Calibration)
+    workload: Workload = field(default_factory=Workload)  # what policies plan for
+
+    def task(self, task: Task, device: DeviceSpec, step: Step, share: float = 1.0) -> Cost:
+        """The cost of `share` of the task (less than 1: some of a layer's experts) on `device`."""
+        work = task.work(step.phase)
+        tokens = step.sequences if work.per_sequence else step.tokens
+        experts = task.expected_experts(tokens) * share
+        flops = share * (
+            work.flops_per_token * tokens + work.flops_per_pair * step.pairs + work.flops_per_position * step.positions
+        )
+        weights = work.bytes_fixed + work.bytes_per_expert * experts
+        other = work.bytes_per_token * tokens + work.bytes_per_position * step.positions
+        launches = work.launches + work.launches_per_expert * experts + work.launches_per_sequence * step.sequences
+        return Cost(
+            compute_s=flops / self.matrix_rate(device),
+            memory_s=weights / self.weight_bandwidth(device, tokens) + other / self.bandwidth(device),
+            overhead_s=launches * self.launch_overhead(device),
+        )
+
+    def transfer(self, src: str, dst: str, nbytes: float) -> float:
+        return 0.0 if src == dst else self.topology.link(src, dst).transfer_time(nbytes)
+
+    def bandwidth(self, device: DeviceSpec) -> float:
+        if not device.memory_bandwidth:
+            raise InvalidInput(
+                f"{device.name} has no known memory bandwidth, so nothing can be forecast on it; "
+                "measure it (ciuic devices --measure fresh) or give memory_bandwidth in the hardware file"
+            )
+        return device.memory_bandwidth * self.calibration.memory_utilisation.get(device.name, 1.0)
+
+    def weight_bandwidth(self, device: DeviceSpec, tokens: int) -> float:
+        """Weights at one token are read by a matrix-vector product, whose own rate is used where it was measured."""
+        vector = device.matrix_vector_rates.get(self.dtype)
+        if tokens == 1 and vector:
+            return vector * self.calibration.memory_utilisation.get(device.name, 1.0)
+        return self.bandwidth(device)
+
+    def matrix_rate(self, device: DeviceSpec) -> float:
+        rate = device.matrix_rates.get(self.dtype) or device.matrix_rates.get("float32")
+        if not rate:
+            raise InvalidInput(
+                f"{device.name} has no known matrix rate for {self.dtype}, so nothing can be forecast on it; "
+                "measure it (ciuic devices --measure fresh) or give matrix_rates in the hardware file"
+            )
+        return rate * self.calibration.compute_utilisation.get(device.name, 1.0)
+
+    def launch_overhead(self, device: DeviceSpec) -> float:
+        known = self.calibration.launch_overhead.get(device.name, device.launch_overhead)
+        return ASSUMED_LAUNCH_OVERHEAD.get(device.kind, 0.0) if known is None else known
+
+    def basis(self, devices: set[str]) -> Literal["measured", "estimated", "mixed"]:
+        """Measured only if both the devices' limits and the kernels' utilisation were."""
+        kinds = {self.topology.device(name).basis for name in devices} | {self.calibration.basis}
+        if kinds == {"measured"}:
+            return "measured"
+        return "mixed" if "measured" in kinds else "estimated"

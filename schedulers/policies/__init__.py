@@ -1,0 +1,1 @@
+"""One policy per file: functions from (graph, topology, cost) to a Schedule."""

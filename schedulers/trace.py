@@ -1,0 +1,114 @@
+"""What happened, or is forecast to happen, when and where: events on lanes, the same type for a simulated and a real
+run. Knows nothing of how events were recorded."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ciuic_runtime.devices.files import write_whole
+from ciuic_runtime.schedulers.graph import Phase, task_kind
+
+if TYPE_CHECKING:
+    from ciuic_runtime.schedulers.comparison import Comparison
+    from ciuic_runtime.schedulers.schedule import Schedule
+
+EventKind = Literal["compute", "copy", "sample"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One task (or copy) in one step. Events on a lane do not overlap."""
+
+    task: str  # layers.3.attention
+    lane: str  # the device that computed it, or "cpu -> sim:0" for a copy
+    start: float  # s since the trace began
+    end: float
+    step: int
+    phase: Phase
+    kind: EventKind = "compute"
+    nbytes: int = 0  # moved, for copies
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """What a step processed."""
+
+    phase: Phase
+    tokens: int
+    sequences: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    events: tuple[Event, ...]
+    steps: tuple[StepInfo, ...]
+    source: Literal["simulated", "measured"]
+    devices: tuple[str, ...] = ()  # lanes of compute, in order
+    notes: tuple[str, ...] = field(default_factory=tuple)  # "sim:0 is simulated"
+
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        seen = dict.fromkeys((*self.devices, *(e.lane for e in self.events)))
+        return tuple(seen)
+
+    def seconds(self, phase: Phase) -> float:
+        """Time the steps of a phase took, pauses between steps not counted."""
+        return sum(s.end - s.start for s in self.steps if s.phase == phase)
+
+    def tokens(self, phase: Phase) -> int:
+        return sum(s.tokens for s in self.steps if s.phase == phase)
+
+    def tokens_per_s(self, phase: Phase) -> float | None:
+        seconds = self.seconds(phase)
+        return self.tokens(phase) / seconds if seconds > 0 else None
+
+    def seconds_by_kind(self, phase: Phase) -> dict[str, float]:
+        """Seconds by kind of task, over all steps of a phase; copies under "copy", sampling under "sample"."""
+        total: dict[str, float] = defaultdict(float)
+        for event in self.events:
+            if event.phase == phase:
+                total[task_kind(event.task) if event.kind == "compute" else event.kind] += event.seconds
+        return dict(total)
+
+    def against(self, schedule: Schedule) -> Comparison:
+        """This trace beside what the schedule forecast: rates, and time per token by kind of task."""
+        from ciuic_runtime.schedulers.comparison import compare
+
+        return compare(self, schedule)
+
+    def to_chrome(self) -> dict[str, Any]:
+        """Chrome trace JSON ("Trace Event Format"): one thread per lane, complete events, times in microseconds."""
+        tids = {lane: i + 1 for i, lane in enumerate(self.lanes)}
+        rows: list[dict[str, Any]] = [
+            {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": f"ciuic ({self.source})"}}
+        ]
+        for lane, tid in tids.items():
+            rows.append({"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": lane}})
+            rows.append({"ph": "M", "name": "thread_sort_index", "pid": 1, "tid": tid, "args": {"sort_index": tid}})
+        rows += [_chrome_event(event, tids[event.lane]) for event in self.events]
+        return {"traceEvents": rows, "displayTimeUnit": "ms", "otherData": {"notes": "; ".join(self.notes)}}
+
+    def to_chrome_trace(self, path: str | Path) -> None:
+        write_whole(path, json.dumps(self.to_chrome()))
+
+
+def _chrome_event(event: Event, tid: int) -> dict[str, Any]:
+    # Rounding both ends to whole nanoseconds keeps neighbours from overlapping by a rounding error of the difference.
+    start, end = round(event.start * 1e9), round(event.end * 1e9)
+    args: dict[str, Any] = {"step": event.step, "phase": event.phase}
+    if event.nbytes:
+        args["bytes"] = event.nbytes
+    return {
+        "ph": "X", "name": event.task, "cat": event.kind, "pid": 1, "tid": tid,
+        "ts": start / 1000, "dur": (end - start) / 1000, "args": args,
+    }  # fmt: skip
