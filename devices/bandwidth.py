@@ -69,7 +69,7 @@ def read_with_numpy(nbytes: int, threads: int, seconds: float) -> list[float]:
     def window(pool: ThreadPoolExecutor) -> float:
         start = time.perf_counter()
 
-        def read(turn: itertools.cycle[np.ndarray]) -> int:  # type: ignore[type-arg]
+        def read(turn: itertools.cycle[np.ndarray]) -> int:
             done = 0
             while time.perf_counter() - start < seconds / WINDOWS:
                 np.bitwise_xor.reduce(next(turn))

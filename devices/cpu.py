@@ -209,7 +209,7 @@ def _line(file: Path) -> str:
 
 
 def _psutil_memory() -> tuple[int, int]:
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     memory = psutil.virtual_memory()
     return memory.total, memory.available

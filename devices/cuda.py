@@ -217,7 +217,7 @@ class CudaBackend:
     def record(self, stream: str | None = None) -> Event:
         import torch
 
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(self._stream(stream))
         return CudaEvent(stream or DEFAULT_STREAM, event)
 
@@ -247,7 +247,7 @@ class CudaBackend:
 
         name = name or DEFAULT_STREAM
         if name not in self._streams:
-            self._streams[name] = torch.cuda.Stream(self._device)
+            self._streams[name] = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         return self._streams[name]
 
 

@@ -128,7 +128,7 @@ def _window(read: Read, size: int, nbytes: int, seconds: float) -> float:
 
 def _latency(read: Read, nbytes: int, seconds: float) -> float:
     """Median seconds of one small read with nothing else in flight."""
-    times = []
+    times: list[float] = []
     generator, end = random.Random(0), time.perf_counter() + seconds
     with mmap.mmap(-1, LATENCY_BYTES) as buffer:
         while time.perf_counter() < end or not times:
