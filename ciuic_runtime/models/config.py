@@ -258,7 +258,7 @@ def _moe(fields: Fields, num_layers: int, defaults: _Defaults) -> MoeSpec | None
         return None
     first_dense = fields.size("first_k_dense_replace", defaults.first_dense, 2**20, 0)
     if first_dense > num_layers:
-        raise fields.wrong("first_k_dense_replace", f"it must not exceed num_hidden_layers ({num_layers})")
+        raise fields.wrong("first_k_dense_replace", f"it is {first_dense} and must not exceed num_hidden_layers ({num_layers})")
     num_experts = _num_experts(fields, num_layers)
     method: Any = fields.choice("topk_method", defaults.methods, defaults.methods[0])
     scoring: Any = fields.choice("scoring_func", defaults.scoring, defaults.scoring[0])
@@ -306,14 +306,14 @@ def _groups(fields: Fields, num_experts: int, method: str, defaults: _Defaults) 
                 raise fields.wrong(name, "topk_method group_limited_greedy needs it")
     num_groups = 1 if fields.is_null("n_group") else fields.size("n_group", defaults.num_groups, 2**16)
     if num_experts % num_groups:
-        raise fields.wrong("n_group", f"n_routed_experts ({num_experts}) must be a multiple of it")
+        raise fields.wrong("n_group", f"n_routed_experts ({num_experts}) must be a multiple of it, {num_groups}")
     if method == "noaux_tc" and num_experts < 2 * num_groups:
         raise fields.wrong("n_group", f"noaux_tc needs two experts or more in each group, and there are {num_experts}")
     per_token = (
         num_groups if fields.is_null("topk_group") else fields.size("topk_group", defaults.groups_per_token, 2**16)
     )
     if per_token > num_groups:
-        raise fields.wrong("topk_group", f"there are only {num_groups} groups (n_group)")
+        raise fields.wrong("topk_group", f"it is {per_token}, but there are only {num_groups} groups (n_group)")
     return num_groups, per_token
 
 
