@@ -1,9 +1,8 @@
-"""A model as people name it: a checkpoint folder, a GGUF file, a config.json, or a known name. Reads configuration only;
-what it gives is what a plan needs."""
+"""A model as people name it: a checkpoint folder, a GGUF file, a config.json, or a known name.
+Reads configuration only; what it gives is what a plan needs."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -46,8 +45,5 @@ class Model:
         return self.graph.pages
 
     def __repr__(self) -> str:
-        return f"Model({self.spec.name}, {self.format}, {len(self.layers)} layers, {self.graph.parameters / 1e9:.2f} B parameters)"
-
-
-def with_name(spec: ModelSpec, name: str) -> ModelSpec:
-    return replace(spec, name=name)
+        size = f"{len(self.layers)} layers, {self.graph.parameters / 1e9:.2f} B parameters"
+        return f"Model({self.spec.name}, {self.format}, {size})"

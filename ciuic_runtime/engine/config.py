@@ -23,23 +23,19 @@ SMALLEST_CONTEXT = 64
 class RuntimeConfig:
     """What the user may set; None is "auto"."""
 
-    dtype: str = "auto"
     max_model_len: int | None = None  # positions per sequence: prompt and output
     max_num_seqs: int | None = None  # sequences at once
-    threads: int | None = None
-    prefill_chunk: int = 512  # prompt tokens per pass
-    goal: str = "latency"
 
 
 def resolve(
     config: RuntimeConfig, spec: ModelSpec, workload: Workload | None, planner: Callable[[Workload], Schedule]
-) -> tuple[RuntimeConfig, Schedule]:
-    """Finds the longest context and largest batch that fit, where the user set none, and the schedule for them.
+) -> tuple[int, int, Schedule]:
+    """The longest context and largest batch that fit, where the user set none, and the schedule for them.
 
     `planner` makes (or checks) a schedule for a workload and raises OutOfMemory where it does not fit."""
     if config.max_model_len is not None and config.max_model_len > spec.max_positions:
         raise InvalidInput(
-            f"a context of {config.max_model_len} tokens was asked for; {spec.name} was trained for {spec.max_positions}"
+            f"a context of {config.max_model_len} tokens was asked for; {spec.name} allows {spec.max_positions}"
         )
     asked = workload.context if workload else DEFAULT_CONTEXT
     context = config.max_model_len or min(asked, spec.max_positions)
@@ -62,7 +58,7 @@ def resolve(
             "reduced to what fits in memory: context %d (asked %d), %d sequences at once (asked %d)",
             context, wanted[0], batch, wanted[1],
         )  # fmt: skip
-    return replace(config, max_model_len=context, max_num_seqs=batch), schedule
+    return context, batch, schedule
 
 
 def _workload(workload: Workload | None, context: int, batch: int) -> Workload:

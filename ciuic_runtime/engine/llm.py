@@ -22,7 +22,7 @@ from ciuic_runtime.engine.queue import Decision, RequestQueue
 from ciuic_runtime.engine.recorder import Recorder
 from ciuic_runtime.engine.request import Request, RequestOutput
 from ciuic_runtime.engine.sampling import SamplingParams, sample
-from ciuic_runtime.engine.text import TextStream
+from ciuic_runtime.engine.text import NoText, TextStream
 from ciuic_runtime.memory.kv_cache import blocks_for
 from ciuic_runtime.model import Model
 from ciuic_runtime.models.batch import Chunk, make_batch
@@ -69,7 +69,7 @@ class LLM:
             raise InvalidInput(spec.why_not_runnable)
         self.model = Model(model, dtype if schedule is None or dtype != "auto" else schedule.model.format, spec)
         self.topology = _topology(devices, schedule, memory)
-        config = RuntimeConfig(dtype, max_model_len, max_num_seqs, threads, prefill_chunk, goal)
+        config = RuntimeConfig(max_model_len, max_num_seqs)
 
         def planner(work: Workload) -> Schedule:
             if schedule is None:
@@ -77,14 +77,14 @@ class LLM:
             _check_given(schedule, self.model, self.topology, work)
             return schedule
 
-        self.config, self.schedule = resolve(config, spec, workload, planner)
+        self.context, self.max_num_seqs, self.schedule = resolve(config, spec, workload, planner)
+        self._chunk = prefill_chunk
         self.threads = _set_threads(threads, self.topology, self.schedule)
         self._recorder = Recorder()
         self._backends = {
             name: open_backend(self.topology.device(name), self.topology) for name in self.schedule.devices_used()
         }
-        assert self.config.max_model_len is not None and self.config.max_num_seqs is not None
-        num_blocks = blocks_for(self.config.max_model_len) * self.config.max_num_seqs
+        num_blocks = blocks_for(self.context) * self.max_num_seqs
         self._executor = LocalExecutor(
             spec,
             self.model.graph,
@@ -95,7 +95,7 @@ class LLM:
             self._recorder,
             progress,
         )
-        self._queue = RequestQueue(num_blocks, self.config.max_num_seqs, prefill_chunk)
+        self._queue = RequestQueue(num_blocks, self.max_num_seqs, prefill_chunk)
         self._tokenizer: Tokenizer | None = None
 
     def generate(
@@ -126,7 +126,7 @@ class LLM:
         """Logits at every position of a prompt, float32 [tokens, vocab], computed in chunks of `chunk` tokens."""
         self._check_length(len(token_ids), 0, "the prompt")
         blocks = tuple(range(blocks_for(len(token_ids))))
-        size = chunk or self.config.prefill_chunk
+        size = chunk or self._chunk
         parts = []
         for at in range(0, len(token_ids), size):
             piece = Chunk(tuple(token_ids[at : at + size]), at, blocks, prompt=True, sample="all")
@@ -205,21 +205,19 @@ class LLM:
         return Request(index, ids, params, self._text_stream(params), frozenset(self._eos()))
 
     def _check_length(self, prompt: int, new: int, what: str) -> None:
-        limit = self.config.max_model_len
-        assert limit is not None
-        if prompt + new > limit:
+        if prompt + new > self.context:
             raise InvalidInput(
-                f"{what} has {prompt} tokens and {new} new ones were asked for; the context holds {limit} "
-                f"({self.model.spec.name} allows {self.model.spec.max_positions}); shorten it, ask for fewer, or raise max_model_len"
+                f"{what} has {prompt} tokens and {new} new ones were asked for; the context holds {self.context} and "
+                f"{self.model.spec.name} allows {self.model.spec.max_positions}; shorten it or ask for fewer"
             )
 
     def _text_stream(self, params: SamplingParams) -> TextStream:
         try:
-            return TextStream(self.tokenizer.decode, params.stop)
+            return TextStream(self.tokenizer.stream(), params.stop)
         except InvalidInput:
             if params.stop:
                 raise
-            return TextStream(lambda ids: "")  # token ids in, token ids out
+            return TextStream(NoText())
 
     def _eos(self) -> set[int]:
         found = set(self.model.spec.eos_token_ids)
@@ -250,17 +248,7 @@ def _stands_in(device: DeviceSpec) -> bool:
 
 def _check_given(schedule: Schedule, model: Model, topology: Topology, work: Workload) -> None:
     """A schedule that was made elsewhere or earlier must fit this model and what this machine has now."""
-    for name in schedule.devices_used():
-        topology.device(name)
-    here = schedule.with_topology(
-        Topology(
-            tuple(
-                topology.device(d.name)
-                for d in schedule.topology.devices
-                if d.name in {x.name for x in topology.devices}
-            )
-        )
-    )
+    here = schedule.with_topology(topology.only(schedule.devices_used()))
     here.validate(model.graph)
     here.check_memory(model.graph, work)
 

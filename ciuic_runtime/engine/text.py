@@ -1,44 +1,44 @@
-"""Token ids to text as they come: no character is split, and nothing that may become a stop string is shown early.
-Knows nothing of requests."""
+"""What of a growing text may be shown: nothing that may still become a stop string, and nothing after one.
+Turning ids into pieces of text without splitting characters is the tokenizer's `TokenStream`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A sequence of bytes that is no character yet is at most this many tokens long; after that it is shown as it is.
-LONGEST_CHARACTER = 8
+
+class Pieces(Protocol):
+    """Ids to certain text, piece by piece (`Tokenizer.stream`)."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class NoText:
+    """Where there is no tokenizer: token ids in, token ids out."""
+
+    def push(self, token_id: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
 
 
 class TextStream:
     """The text of one growing sequence. `push` returns what can be shown for certain; `finish` the rest."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
-        self._decode, self._stop = decode, tuple(stop)
-        self._ids: list[int] = []
-        self._context = self._shown = 0  # ids from `context` on are decoded; those before `shown` are in the text
-        self._held = ""  # decoded, but it may be the beginning of a stop string
+    def __init__(self, pieces: Pieces, stop: Sequence[str] = ()) -> None:
+        self._pieces, self._stop = pieces, tuple(stop)
+        self._held = ""  # it may be the beginning of a stop string
         self.text = ""  # shown so far
         self.stopped = False  # a stop string has come
 
     def push(self, token_id: int) -> str:
-        self._ids.append(token_id)
-        return self._show(self._decoded(final=False), final=False)
+        return self._show(self._pieces.push(token_id), final=False)
 
     def finish(self) -> str:
-        return self._show(self._decoded(final=True), final=True)
-
-    def _decoded(self, final: bool) -> str:
-        """Text of the ids since the last call, "" while they end inside a character.
-
-        Decoding starts at the ids of the previous piece, since some tokenizers treat the first token differently."""
-        before = self._decode(self._ids[self._context : self._shown])
-        now = self._decode(self._ids[self._context :])
-        unfinished = now.endswith(REPLACEMENT) and len(self._ids) - self._shown < LONGEST_CHARACTER
-        if (unfinished and not final) or len(now) <= len(before):
-            return ""
-        self._context, self._shown = self._shown, len(self._ids)
-        return now[len(before) :]
+        return self._show(self._pieces.finish(), final=True)
 
     def _show(self, piece: str, final: bool) -> str:
         if self.stopped:
