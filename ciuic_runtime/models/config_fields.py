@@ -102,11 +102,11 @@ class Fields:
             raise self.wrong(name, "it must be an object or null")
         return Fields(value, f"{self.where}: {name}")
 
-    def token_ids(self, name: str, vocab_size: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """An id, a list of ids, or null; an absent field gives those of the defaults that the vocabulary has."""
+    def token_ids(self, name: str, vocab_size: int, default: int | None = None) -> tuple[int, ...]:
+        """An id, a list of ids, or null; an absent field gives the default, if the vocabulary has it."""
         value = self.values.get(name, REQUIRED)
         if value is REQUIRED:
-            return tuple(i for i in default if i < vocab_size)
+            return (default,) if default is not None and default < vocab_size else ()
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if len(ids) > 1000 or any(type(i) is not int or not 0 <= i < vocab_size for i in ids):
             raise self.wrong(name, f"it must be null, a token id below vocab_size ({vocab_size}), or a list of them")

@@ -71,6 +71,15 @@ def test_unknown_name_lists_the_known_ones() -> None:
         load_spec("gpt-7")
 
 
+@pytest.mark.parametrize("name", ["", "a" * 5000, "deepseek-v3/", "x\0y", "../deepseek-v3"])
+def test_odd_names_get_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidInput) as failure:
+        load_spec(name)
+    assert "\n" not in str(failure.value)
+    assert len(str(failure.value)) < 600
+
+
 def test_real_v3() -> None:
     spec = load_spec("deepseek-v3")
     assert spec.mla == MlaSpec(q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128)
