@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ from ciuic_runtime.engine.text import NoText, TextStream
 from ciuic_runtime.memory.kv_cache import blocks_for
 from ciuic_runtime.model import Model
 from ciuic_runtime.models.batch import Chunk, make_batch
-from ciuic_runtime.models.checkpoint import open_checkpoint
+from ciuic_runtime.models.checkpoint import Checkpoint, open_checkpoint
 from ciuic_runtime.models.tokenizer import Tokenizer, load_tokenizer
 from ciuic_runtime.planning import plan
 from ciuic_runtime.schedulers.placement import Placement
@@ -45,7 +46,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | Checkpoint,
         *,
         schedule: Schedule | None = None,
         executor: str = "local",
@@ -63,11 +64,14 @@ class LLM:
     ) -> None:
         if executor != "local":
             raise InvalidInput(f"executor {executor!r}: this version has only 'local'; Ray clusters are not in it yet")
-        self._checkpoint = open_checkpoint(model)
+        begin = time.perf_counter()
+        self._checkpoint = open_checkpoint(model) if isinstance(model, (str, Path)) else model
         spec = self._checkpoint.spec
         if spec.why_not_runnable:
             raise InvalidInput(spec.why_not_runnable)
-        self.model = Model(model, dtype if schedule is None or dtype != "auto" else schedule.model.format, spec)
+        self.model = Model(
+            self._checkpoint.path, dtype if schedule is None or dtype != "auto" else schedule.model.format, spec
+        )
         self.topology = _topology(devices, schedule, memory)
         config = RuntimeConfig(max_model_len, max_num_seqs)
 
@@ -97,6 +101,8 @@ class LLM:
         )
         self._queue = RequestQueue(num_blocks, self.max_num_seqs, prefill_chunk)
         self._tokenizer: Tokenizer | None = None
+        self._warm_up()
+        self.load_s = time.perf_counter() - begin  # from opening the checkpoint until ready for prompts
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -111,6 +117,7 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[tuple[str, RequestOutput]]:
         """Yields (new text, output so far) each time a prompt gets a token; left early, it frees what it held."""
+        self._check_idle()
         requests = self._requests(prompts, params)
         self._recorder.clear()
         for request in requests:
@@ -124,6 +131,8 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int], chunk: int | None = None) -> torch.Tensor:
         """Logits at every position of a prompt, float32 [tokens, vocab], computed in chunks of `chunk` tokens."""
+        self._check_idle()
+        self._check_ids(token_ids, "the prompt")
         self._check_length(len(token_ids), 0, "the prompt")
         blocks = tuple(range(blocks_for(len(token_ids))))
         size = chunk or self._chunk
@@ -162,6 +171,13 @@ class LLM:
     ) -> None:
         self.close()
 
+    def _warm_up(self) -> None:
+        """One prompt pass and one decode pass, so that thread pools and compiled primitives exist before the first
+        request; what they leave in the cache is overwritten."""
+        self._executor.step(make_batch([Chunk((0, 0), 0, (0,), prompt=True)]), "prefill")
+        self._executor.step(make_batch([Chunk((0,), 2, (0,), prompt=False)]), "decode")
+        self._recorder.clear()
+
     def _step(self, decision: Decision) -> Iterator[tuple[str, RequestOutput]]:
         logits = self._executor.step(make_batch(decision.chunks), decision.phase)
         self._queue.computed(decision)
@@ -182,7 +198,7 @@ class LLM:
     def _requests(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Request]:
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        single = isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], (str, Sequence)))
         every: list[Any] = [prompts] if single else list(prompts)
         if not every:
             raise InvalidInput("no prompts were given")
@@ -190,19 +206,28 @@ class LLM:
         chosen = [one] * len(every) if isinstance(one, SamplingParams) else list(one)
         if len(chosen) != len(every):
             raise InvalidInput(
-                f"{len(every)} prompts and {len(chosen)} sampling parameters were given; give one for each, or one for all"
+                f"{len(every)} prompts and {len(chosen)} sampling parameters; give one for each prompt, or one for all"
             )
         return [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(every, chosen, strict=True))]
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
-        spec = self.model.spec
-        if not ids:
-            raise InvalidInput(f"prompt {index} is empty; give at least one token")
-        if bad := [t for t in ids if not 0 <= t < spec.vocab_size]:
-            raise InvalidInput(f"prompt {index} has token id {bad[0]}; {spec.name} has ids 0 to {spec.vocab_size - 1}")
+        self._check_ids(ids, f"prompt {index}")
         self._check_length(len(ids), params.max_tokens, f"prompt {index}")
         return Request(index, ids, params, self._text_stream(params), frozenset(self._eos()))
+
+    def _check_idle(self) -> None:
+        if self._queue.running or self._queue.waiting:
+            raise InvalidInput("an earlier stream is not at its end; read it to its end or close() it first")
+
+    def _check_ids(self, ids: Sequence[int], what: str) -> None:
+        spec = self.model.spec
+        if not len(ids):
+            raise InvalidInput(f"{what} is empty; give at least one token")
+        if bad := [t for t in ids if type(t) is not int or not 0 <= t < spec.vocab_size]:
+            raise InvalidInput(
+                f"{what} has token id {bad[0]!r}; {spec.name} has whole numbers 0 to {spec.vocab_size - 1}"
+            )
 
     def _check_length(self, prompt: int, new: int, what: str) -> None:
         if prompt + new > self.context:

@@ -1,0 +1,381 @@
+"""The command `ciuic`: what people type, turned into calls of the public API.
+Knows options, exit codes and streams (results on stdout, everything else on stderr); what it prints is in `show.py`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ciuic_runtime.devices.errors import CiuicError, InvalidInput
+from ciuic_runtime.devices.units import parse_bytes
+
+if TYPE_CHECKING:
+    from ciuic_runtime.devices.manager import DeviceManager
+    from ciuic_runtime.engine.llm import LLM
+    from ciuic_runtime.engine.request import RequestOutput
+    from ciuic_runtime.engine.sampling import SamplingParams
+    from ciuic_runtime.models.checkpoint import Checkpoint
+    from ciuic_runtime.schedulers.placement import Placement
+
+log = logging.getLogger("ciuic")
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class _InOrder(TyperGroup):
+    """Lists commands in the order in which a new user needs them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+
+app = typer.Typer(
+    cls=_InOrder,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Plan, run and inspect DeepSeek models on whatever hardware there is.",
+)
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="checkpoint folder, .gguf file, config.json or known name")
+]
+CheckpointArgument = Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint folder or .gguf file")]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on stdout and nothing else there")]
+DevicesOption = Annotated[
+    Path | None, typer.Option("--devices", metavar="FILE.toml", help="hardware facts to use instead of discovery")
+]
+PlacementOption = Annotated[
+    Path | None, typer.Option("--placement", metavar="FILE.toml", help="rules about what goes where")
+]
+MemoryOption = Annotated[str | None, typer.Option("--memory", metavar="cpu=16GiB,...", help="memory budget by device")]
+GoalOption = Annotated[str, typer.Option("--goal", help="latency, throughput or first-token")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="new tokens per prompt")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy")]
+TopK = Annotated[int, typer.Option("--top-k", help="0: all tokens")]
+TopP = Annotated[float, typer.Option("--top-p")]
+MinP = Annotated[float, typer.Option("--min-p")]
+Repetition = Annotated[float, typer.Option("--repetition-penalty")]
+Seed = Annotated[int | None, typer.Option("--seed", help="default: drawn afresh and reported")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="end before this text; may be repeated")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="go on after an end-of-sequence token")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16")]
+ScheduleOption = Annotated[
+    Path | None, typer.Option("--schedule", metavar="FILE.json", help="a saved schedule to carry out")
+]
+Threads = Annotated[int | None, typer.Option("--threads", help="default: the cores this process may use")]
+Context = Annotated[int | None, typer.Option("--context", help="positions per sequence: prompt and new tokens")]
+
+
+@app.command()
+def devices(
+    measure: Annotated[str, typer.Option("--measure", help="cached, fresh or never")] = "cached",
+    path: Annotated[Path, typer.Option("--path", help="folder whose disk is looked at")] = Path("."),
+    devices: DevicesOption = None,
+    save: Annotated[Path | None, typer.Option("--save", metavar="FILE.toml", help="write the facts as TOML")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is here and how fast it measured."""
+    from ciuic_runtime.devices.toml import topology_to_dict
+
+    hw = _hardware(devices, measure, path)
+    if save:
+        hw.to_toml(save)
+    document = topology_to_dict(hw.topology)
+    _result(as_json, {"schema_version": 1, "devices": document["device"], "links": document["link"]}, lambda: str(hw))
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Show what is installed, which kernels are used, and what is missing."""
+    from ciuic_runtime.doctor import diagnose
+    from ciuic_runtime.show import checks_table
+
+    checks = diagnose()
+    _result(as_json, {"schema_version": 1, "checks": [asdict(c) for c in checks]}, lambda: checks_table(checks))
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    format: Annotated[str, typer.Option("--format", help="auto, float32 or bfloat16")] = "auto",
+    devices: DevicesOption = None,
+    placement: PlacementOption = None,
+    memory: MemoryOption = None,
+    goal: GoalOption = "latency",
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens")] = 512,
+    max_tokens: MaxTokens = 128,
+    batch: Annotated[int, typer.Option("--batch", help="sequences at once")] = 1,
+    save: Annotated[Path | None, typer.Option("--save", metavar="FILE.json", help="write the schedule")] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE.json", help="write the forecast as a Chrome trace")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the schedule for a model before anything is loaded."""
+    import ciuic_runtime as ciuic
+
+    work = ciuic.Workload(prompt_tokens, max_tokens, batch)
+    known = ciuic.Model(model, format)
+    hw = _hardware(devices)
+    schedule = ciuic.plan(
+        known, hw, memory=_budgets(memory), goal=goal, workload=work, placement=_placement(placement)
+    )  # fmt: skip
+    if save:
+        schedule.to_json(save)
+    if trace:
+        cost = ciuic.CostModel(schedule.topology, known.format, workload=work)
+        ciuic.simulate(schedule, known.graph, cost).to_chrome_trace(trace)
+    _result(as_json, schedule.to_dict(), lambda: str(schedule))
+
+
+@app.command()
+def run(
+    model: CheckpointArgument,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="text to continue; '-' reads stdin; may be repeated")],
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Repetition = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    ignore_eos: IgnoreEos = False,
+    chat_template: Annotated[bool, typer.Option("--chat", help="put each prompt through the chat template")] = False,
+    dtype: Dtype = "auto",
+    schedule: ScheduleOption = None,
+    placement: PlacementOption = None,
+    memory: MemoryOption = None,
+    goal: GoalOption = "latency",
+    devices: DevicesOption = None,
+    threads: Threads = None,
+    context: Context = None,
+    executor: Annotated[str, typer.Option("--executor", help="local")] = "local",
+    stages: Annotated[int, typer.Option("--stages", help="stages of a cluster; 1 in this version")] = 1,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE.json", help="write what happened as a Chrome trace")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt, and show the forecast beside what happened."""
+    import ciuic_runtime as ciuic
+    from ciuic_runtime.models.checkpoint import open_checkpoint
+    from ciuic_runtime.models.tokenizer import load_tokenizer
+    from ciuic_runtime.report import run_report
+    from ciuic_runtime.show import run_summary
+
+    if stages != 1:
+        raise InvalidInput(f"--stages {stages}: this version runs one local stage; clusters are not in it yet")
+    params = ciuic.SamplingParams(
+        max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), ignore_eos
+    )
+    texts = [sys.stdin.read() if text == "-" else text for text in prompt]
+    checkpoint = open_checkpoint(model)
+    tokenizer = load_tokenizer(model)
+    if chat_template:
+        texts = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
+    ids = [tokenizer.encode(text, add_special=not chat_template) for text in texts]
+    work = ciuic.Workload(max(1, *map(len, ids)), max_tokens, len(ids))
+    with _open(
+        checkpoint, dtype=dtype, schedule=schedule, placement=placement, memory=memory, goal=goal, devices=devices,
+        threads=threads, executor=executor, context=context, workload=work,
+    ) as llm:  # fmt: skip
+        outputs, interrupted = _generate(llm, ids, params, show=not as_json)
+        report = run_report(llm, outputs)
+        if trace:
+            llm.trace.to_chrome_trace(trace)
+        if as_json:
+            _print_json(report)
+        else:
+            print(run_summary(llm, report), file=sys.stderr)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+@app.command()
+def chat(
+    model: CheckpointArgument,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Repetition = 1.0,
+    seed: Seed = None,
+    system: Annotated[str | None, typer.Option("--system", help="system message")] = None,
+    dtype: Dtype = "auto",
+    schedule: ScheduleOption = None,
+    placement: PlacementOption = None,
+    memory: MemoryOption = None,
+    devices: DevicesOption = None,
+    threads: Threads = None,
+    context: Context = None,
+) -> None:
+    """Talk to a model; an empty line or end of input leaves, Ctrl-C stops an answer."""
+    import ciuic_runtime as ciuic
+
+    params = ciuic.SamplingParams(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    with _open(
+        model, dtype=dtype, schedule=schedule, placement=placement, memory=memory, devices=devices, threads=threads,
+        context=context,
+    ) as llm:  # fmt: skip
+        messages = [{"role": "system", "content": system}] if system else []
+        while question := _ask():
+            asked = [*messages, {"role": "user", "content": question}]
+            ids = llm.tokenizer.encode(llm.tokenizer.apply_chat_template(asked), add_special=False)
+            try:
+                outputs, _ = _generate(llm, [ids], params, show=True)
+            except InvalidInput as error:
+                print(f"ciuic: {error}", file=sys.stderr)
+                continue
+            messages = [*asked, {"role": "assistant", "content": outputs[0].text}]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; turns every failure into one line (or `{"error": ...}` with --json) and its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _set_up_logging()
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: list[str]) -> int:
+    as_json = "--json" in arguments
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments, prog_name="ciuic", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
+    except CiuicError as error:
+        return _fail(as_json, error, str(error), error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; the last flush stays quiet
+        return EXIT_FAILED
+    except Exception as error:
+        if explain := getattr(error, "format_message", None):  # typer's own: a wrong option or argument
+            text = explain()  # empty where only the help was asked for, which is on stdout by now
+            return _fail(as_json, error, text and f"{text.rstrip('.')}; see ciuic --help", EXIT_BAD_INPUT)
+        if os.environ.get("CIUIC_DEBUG"):
+            raise
+        text = f"{type(error).__name__}: {error} (a mistake of ours; CIUIC_DEBUG=1 shows where)"
+        return _fail(as_json, error, text, EXIT_FAILED)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(as_json: bool, error: Exception, message: str, code: int) -> int:
+    message = " ".join(message.split())
+    if as_json:
+        _print_json({"error": {"type": type(error).__name__, "message": message, "exit_code": code}})
+    elif message:
+        print(f"ciuic: {message}", file=sys.stderr)
+    return code
+
+
+def _set_up_logging() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("ciuic: %(message)s"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(os.environ.get("CIUIC_LOG", "WARNING").upper())
+
+
+def _result(as_json: bool, document: dict[str, Any], text: Callable[[], str]) -> None:
+    if as_json:
+        _print_json(document)
+    else:
+        print(text())
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document))
+
+
+def _hardware(file: Path | None, measure: str = "cached", path: Path = Path(".")) -> DeviceManager:
+    from ciuic_runtime.devices.manager import DeviceManager
+
+    if file is not None:
+        return DeviceManager.from_toml(file)
+    return DeviceManager(path, measure, progress=lambda what: print(f"ciuic: {what}", file=sys.stderr))
+
+
+def _placement(file: Path | None) -> Placement | None:
+    from ciuic_runtime.schedulers.placement import Placement
+
+    return Placement.from_toml(file) if file else None
+
+
+def _budgets(text: str | None) -> dict[str, int]:
+    """ "cpu=16GiB,cuda:0=20GiB" by device."""
+    budgets = {}
+    for part in text.split(",") if text else []:
+        name, equals, size = part.partition("=")
+        if not equals or not name.strip():
+            raise InvalidInput(f"--memory {text!r}: {part!r} is not DEVICE=SIZE, such as cpu=16GiB")
+        budgets[name.strip()] = parse_bytes(size)
+    return budgets
+
+
+@contextmanager
+def _open(
+    model: str | Checkpoint, *, schedule: Path | None, placement: Path | None, memory: str | None, devices: Path | None,
+    context: int | None, **options: Any,
+) -> Iterator[LLM]:  # fmt: skip
+    """The model, loaded with a progress bar on the terminal; a line says what was planned."""
+    import ciuic_runtime as ciuic
+    from ciuic_runtime.show import loading_bar, plan_line
+
+    saved = ciuic.Schedule.from_json(schedule) if schedule else None
+    hw = _hardware(devices) if devices or not saved else None
+    with loading_bar() as progress:
+        llm = ciuic.LLM(
+            model, schedule=saved, placement=_placement(placement), memory=_budgets(memory), devices=hw,
+            max_model_len=context, progress=progress, **options,
+        )  # fmt: skip
+    with llm:
+        print(f"ciuic: {plan_line(llm.schedule)}", file=sys.stderr)
+        yield llm
+
+
+def _generate(
+    llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams, show: bool
+) -> tuple[list[RequestOutput], bool]:
+    """Runs the prompts; text streams to stdout as it comes (a batch's texts one after the other, when they end).
+
+    Ctrl-C ends the generation and keeps what there is: (outputs, whether it was interrupted)."""
+    latest: dict[int, RequestOutput] = {}
+    single, interrupted = len(prompts) == 1, False
+    stream = llm.stream(list(prompts), params)
+    try:
+        for text, output in stream:
+            latest[output.index] = output
+            if show and single:
+                print(text, end="", flush=True)
+            elif show and output.finish_reason:
+                print(f"--- prompt {output.index}\n{output.text}", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+        stream.close()
+    if show and single:
+        print(flush=True)
+    return [latest[i] for i in sorted(latest)], interrupted
+
+
+def _ask() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

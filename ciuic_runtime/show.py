@@ -1,0 +1,69 @@
+"""What people see on the terminal: tables, the loading bar, the lines before and after a run.
+Knows how figures are written, not where they come from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ciuic_runtime.devices.units import format_bytes
+
+if TYPE_CHECKING:
+    from ciuic_runtime.doctor import Check
+    from ciuic_runtime.engine.llm import LLM
+    from ciuic_runtime.schedulers.schedule import Schedule
+
+
+def checks_table(checks: Sequence[Check]) -> str:
+    width = max(len(c.name) for c in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{check.name:<{width}}  {check.status:<7}  {check.found}")
+        if not check.ok:
+            lines.append(f"{'':<{width}}           costs: {check.cost}")
+            lines.append(f"{'':<{width}}           try:   {check.fix}")
+    return "\n".join(lines)
+
+
+def plan_line(schedule: Schedule) -> str:
+    """The schedule in one line: where, how much, how fast, what binds."""
+    held = ", ".join(f"{format_bytes(n)} on {d}" for d, n in schedule.weight_bytes().items())
+    p = schedule.predicted
+    if p is None:
+        return f"{schedule.model.name}, {schedule.policy}: {held}"
+    low, high = p.range
+    return (
+        f"{schedule.model.name} in {schedule.model.format}, {schedule.policy}: {held}; forecast "
+        f"{p.decode_tokens_per_s:.3g} tokens/s ({low:.3g} to {high:.3g}, {p.basis}), bound by {p.bound_by}"
+    )
+
+
+def run_summary(llm: LLM, report: dict[str, Any]) -> str:
+    """What the run amounted to, and the forecast beside it."""
+    peak = ", ".join(f"{format_bytes(n)} on {d}" for d, n in report["peak_memory_bytes"].items())
+    new = sum(len(o["token_ids"]) for o in report["outputs"])
+    first = report["first_token_s"]
+    came = f"first after {first:.3f} s" if first is not None else "none came"
+    lines = [
+        "",
+        f"loaded in {report['load_s']:.2f} s; {new} new tokens ({report['finish_reason']}), {came}; "
+        f"{llm.threads} threads; peak memory {peak}",
+        str(llm.trace.against(llm.schedule)),
+        *report["notes"],
+    ]
+    return "\n".join(lines)
+
+
+@contextmanager
+def loading_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left on a terminal; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
