@@ -132,8 +132,8 @@ def _check_join(separator: str, items: Any = ()) -> None:
     _bounded(measure(items) + count * len(separator))
 
 
-def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
-    text, old, new = str(text), str(old), str(new)
+def _replace(value: Any, old: str, new: str, count: int | None = None) -> str:
+    text, old, new = str(value), str(old), str(new)
     _check_replace(text, old, new)
     return text.replace(old, new, -1 if count is None else count)
 
@@ -146,8 +146,8 @@ def _join(items: Any, separator: str = "", attribute: str | int | None = None) -
     return separator.join(parts)
 
 
-def _indent(text: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    text, margin = str(text), width if isinstance(width, str) else " " * width
+def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    text, margin = str(value), width if isinstance(width, str) else " " * width
     lines = text.splitlines()
     _bounded(len(text) + (len(lines) + 1) * (len(margin) + 1))
     shown = [margin + line if (line or blank) and (i or first) else line for i, line in enumerate(lines)]

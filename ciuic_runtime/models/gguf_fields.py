@@ -28,7 +28,7 @@ class GgufFields:
             return default
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind or not math.isfinite(value if kind is float else 0):
+        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
             raise self.error(f"{self._prefix}{key} is {show(value)}, not one value of type {kind.__name__}")
         return value
 
