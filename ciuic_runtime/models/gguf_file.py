@@ -21,7 +21,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_FIELDS = 65_536
 MAX_TENSORS = 131_072
-MAX_STRING = 16 << 20  # bytes of a single value; token lists are arrays of strings and only bounded by the file
+MAX_TEXT = 16 << 20  # bytes of all names and single strings together; lists of strings are bounded by the file only
 MAX_DIMS = 4
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _SCALARS = {
@@ -78,7 +78,7 @@ class StringArray(Sequence[str]):
 
     def _decode(self, start: int) -> str:
         (length,) = _LENGTH.unpack_from(self._data, start - 8)
-        return self._data[start : start + length].decode("utf-8")
+        return str(memoryview(self._data)[start : start + length], "utf-8")
 
 
 class GgufFile:
@@ -140,6 +140,7 @@ class _Cursor:
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.pos, self.end = path, data, 0, len(data)
+        self.text_left = MAX_TEXT
 
     def error(self, what: str) -> InvalidInput:
         return InvalidInput(f"{self.path} is not a sound GGUF file: {what}; download it again or convert it anew")
@@ -156,11 +157,12 @@ class _Cursor:
 
     def string(self, what: str) -> str:
         length = self.number("Q", what)
-        if length > MAX_STRING:
+        if length > self.text_left:
             raise self.error(f"{what} has a length of {length}")
+        self.text_left -= length
         start = self.take(length, what)
         try:
-            return self.data[start : start + length].decode("utf-8")
+            return str(memoryview(self.data)[start : start + length], "utf-8")
         except UnicodeDecodeError as error:
             raise self.error(f"{what} is not UTF-8") from error
 
