@@ -134,27 +134,20 @@ class _Run:
                 self.values.pop((name, device), None)
 
     def _experts(self, i: _Instruction) -> torch.Tensor:
-        """Each device fills the rows of its experts; they are combined where the router runs."""
+        """Each device computes the rows of its experts; they are combined where the router runs."""
         x_name, router, *added = i.task.after
-        home, rows = i.device, None
+        home = i.device
         ids, weights = self._fetch(router, home)
+        placed = []
         for device, mine in i.experts.items():
-            x = self._fetch(x_name, device)
-            local_ids = self._fetch(router, device)[0]
-            part = x.new_empty(x.shape[0] * i.task.experts_per_token, x.shape[1])
-            self._launch(i, device, experts, x, local_ids, mine, part)
-            if len(i.experts) == 1 and device == home:
-                rows = part
+            here = None if len(i.experts) == 1 else _rows_of(ids, mine)
+            if here is not None and not here.numel():
                 continue
-            if rows is None:
-                x_home = self._fetch(x_name, home)
-                rows = x_home.new_empty(part.shape)
-            held = [e in mine for e in range(i.task.num_experts)]
-            here = torch.tensor(held)[local_ids.flatten().cpu()].nonzero().flatten()
-            rows[here.to(rows.device)] = self._move(i.number, part[here.to(part.device)], device, home)
-        assert rows is not None
+            x, local_ids = self._fetch(x_name, device), self._fetch(router, device)[0]
+            part = self._launch(i, device, _expert_rows, x, local_ids, mine, here)
+            placed.append((here, self._move(i.number, part, device, home)))
         inputs = [self._fetch(name, home) for name in added]
-        return self._launch(i, home, _combine, rows, weights, inputs)
+        return self._launch(i, home, _combine, placed, weights, inputs)
 
     def _fetch(self, name: str, device: str) -> Any:
         """A task's value on a device, copied there the first time it is asked for."""
@@ -169,14 +162,16 @@ class _Run:
         return self.values[name, device]
 
     def _move(self, number: int, value: torch.Tensor, src: str, dst: str) -> torch.Tensor:
+        """The value in the memory of another device. The device that is not the host does the copy."""
         if src == dst:
             return value
         target, origin = self.x.backends[dst], self.x.backends[src]
         start = time.perf_counter()
         origin.synchronize()
-        moved = torch.empty(value.shape, dtype=value.dtype, device=target.torch_device)
-        (origin if target.host_memory else target).copy(moved, value)
-        (origin if target.host_memory else target).synchronize()
+        moved = target.launch(_empty_like, value, target.torch_device, name="receive")
+        copier = origin if target.host_memory else target
+        copier.copy(moved, value)
+        copier.synchronize()
         end = time.perf_counter()
         self.x.recorder.add(number, self.x.recorder.number(f"{src} -> {dst}"), start, end, 1, value.nbytes)
         return moved
@@ -201,12 +196,38 @@ class _Run:
         return value.cpu()
 
 
-def _combine(rows: torch.Tensor, weights: torch.Tensor, added: list[torch.Tensor]) -> torch.Tensor:
-    """The routed experts' rows, then the shared experts, then the residual."""
+def _rows_of(ids: torch.Tensor, mine: Mapping[int, Weights]) -> torch.Tensor:
+    """The (token, k) rows, on the host, whose expert is one of these."""
+    return torch.isin(ids.flatten().cpu(), torch.tensor(sorted(mine))).nonzero().flatten()
+
+
+def _expert_rows(
+    x: torch.Tensor, ids: torch.Tensor, mine: Mapping[int, Weights], here: torch.Tensor | None
+) -> torch.Tensor:
+    """The rows [tokens x k, hidden] of a device's experts; of those only `here`, where others have the rest."""
+    rows = x.new_empty(ids.numel(), x.shape[1])
+    experts(x, ids, mine, rows)
+    return rows if here is None else rows[here.to(x.device)]
+
+
+def _combine(
+    placed: list[tuple[torch.Tensor | None, torch.Tensor]], weights: torch.Tensor, added: list[torch.Tensor]
+) -> torch.Tensor:
+    """The routed experts' rows, from wherever they were computed, then the shared experts, then the residual."""
+    rows = placed[0][1]
+    if placed[0][0] is not None:
+        rows = rows.new_empty(weights.numel(), rows.shape[1])
+        for here, part in placed:
+            assert here is not None
+            rows[here.to(rows.device)] = part
     total = combine(rows, weights)
     for value in added:
         total = total + value
     return total
+
+
+def _empty_like(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty(value.shape, dtype=value.dtype, device=device)
 
 
 def _to_device(weights: Weights, backend: Backend) -> Weights:

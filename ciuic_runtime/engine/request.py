@@ -67,10 +67,10 @@ class Request:
         if token_id in self.eos_token_ids and not self.params.ignore_eos:
             return self.finish("stop")
         shown = self.text.push(token_id)
+        if len(self.token_ids) >= self.params.max_tokens:
+            shown += self.finish("length")
         if self.text.stopped:
             self.finish_reason = "stop"
-        elif len(self.token_ids) >= self.params.max_tokens:
-            shown += self.finish("length")
         return shown
 
     def finish(self, reason: FinishReason) -> str:

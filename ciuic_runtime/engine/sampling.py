@@ -49,8 +49,9 @@ def sample(logits: torch.Tensor, params: SamplingParams, history: Sequence[int],
         logits = _penalised(logits, params.repetition_penalty, history)
     if params.temperature == 0:
         return int(logits.argmax())
-    ranked, ids = (logits / params.temperature).sort(descending=True, stable=True)
-    probabilities = _filtered(ranked.double().softmax(dim=0), params)
+    # Differences to the largest, in double precision: a tiny temperature makes them -inf, never NaN.
+    ranked, ids = ((logits - logits.max()).double() / params.temperature).sort(descending=True, stable=True)
+    probabilities = _filtered(ranked.softmax(dim=0), params)
     cumulative = probabilities.cumsum(dim=0)
     target = uniform(seed, position) * float(cumulative[-1])
     at = int(torch.searchsorted(cumulative, torch.tensor(target, dtype=torch.float64), right=True))

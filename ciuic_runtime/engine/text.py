@@ -44,9 +44,10 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + piece
-        at = min((i for s in self._stop if (i := text.find(s)) >= 0), default=-1)
-        if at >= 0:
-            self.stopped, shown, self._held = True, text[:at], ""
+        # The stop string that is complete first counts, however the text was cut into pieces.
+        ends = min(((i + len(s), i) for s in self._stop if (i := text.find(s)) >= 0), default=None)
+        if ends:
+            self.stopped, shown, self._held = True, text[: ends[1]], ""
         else:
             keep = 0 if final else max((_overlap(text, s) for s in self._stop), default=0)
             shown, self._held = text[: len(text) - keep], text[len(text) - keep :]

@@ -51,7 +51,7 @@ class KVCache:
         dtype: torch.dtype,
         allocate: Callable[[int, int], torch.Tensor],
     ) -> None:
-        self.num_blocks = num_blocks
+        self.num_blocks, self.dtype = num_blocks, dtype
         self._layers: dict[int, torch.Tensor] = {}  # layer -> [num_blocks x BLOCK_TOKENS, values]
         for layer, values in values_per_token.items():
             rows = num_blocks * BLOCK_TOKENS

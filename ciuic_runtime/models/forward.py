@@ -30,7 +30,7 @@ class Pass:
     """A batch on one device, with what all its layers share."""
 
     batch: Batch
-    cos: torch.Tensor  # float32 [tokens, 1, rope_dim / 2]
+    cos: torch.Tensor  # [tokens, 1, rope_dim / 2]
     sin: torch.Tensor
 
 
@@ -43,12 +43,15 @@ class Forward:
     def __init__(self, spec: ModelSpec, cache: KVCache) -> None:
         self.spec, self.cache = spec, cache
         self.inv_freq, self.rope_factor = rope_frequencies(spec.rope)
+        # Where a family's own code rounds: V2 turns in float32, the others in the type of the activations. Routers sit
+        # on thresholds, so rounding elsewhere picks other experts now and then.
+        self.rope_dtype = torch.float32 if spec.family == "deepseek_v2" else cache.dtype
         self._inv_freq_on = {self.inv_freq.device: self.inv_freq}
 
     def start(self, batch: Batch) -> Pass:
         device = batch.positions.device
         inv_freq = self._inv_freq_on.setdefault(device, self.inv_freq.to(device))
-        return Pass(batch, *rope_table(inv_freq, self.rope_factor, batch.positions))
+        return Pass(batch, *rope_table(inv_freq, self.rope_factor, batch.positions, self.rope_dtype))
 
     def function(self, task: Task, w: Weights) -> TaskFunction:
         """The function of a task other than `experts`, whose inputs are the outputs of the tasks it comes after."""

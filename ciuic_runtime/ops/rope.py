@@ -38,16 +38,18 @@ def softmax_scale(rope: RopeSpec, qk_dim: int) -> float:
     return scale
 
 
-def rope_table(inv_freq: torch.Tensor, factor: float, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions [tokens] -> cosine and sine, float32 [tokens, 1, dim / 2]."""
+def rope_table(
+    inv_freq: torch.Tensor, factor: float, positions: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """positions [tokens] -> cosine and sine [tokens, 1, dim / 2], computed in float32 and then rounded to `dtype`."""
     angles = positions.float()[:, None, None] * inv_freq
-    return angles.cos() * factor, angles.sin() * factor
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """x [tokens, heads, dim] turned by position; pairs stay where they were in x. Computed in float32."""
-    wide = x.float()
-    a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
+    """x [tokens, heads, dim] turned by position; pairs stay where they were in x. Computed in the table's type."""
+    turning = x.to(cos.dtype)
+    a, b = (turning[..., 0::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
     turned = (a * cos - b * sin, b * cos + a * sin)
     out = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
     return out.to(x.dtype)
