@@ -108,5 +108,5 @@ def _fitted_bounds(frequencies: Array, factors: Array, factor: float) -> list[tu
     slope, intercept = np.polyfit(_LLAMA3_LENGTH * frequencies[between] / (2 * math.pi), smooth, 1)
     if slope <= 0:
         return []
-    low = -intercept / slope
-    return [(round(low, 3), round(low + 1 / slope, 3)), (float(low), float(low + 1 / slope))]
+    low, high = float(-intercept / slope), float((1 - intercept) / slope)
+    return [(round(low, 3), round(high, 3)), (low, high)]
