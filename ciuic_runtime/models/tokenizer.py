@@ -22,13 +22,13 @@ MAX_TEXT = 64_000_000  # characters
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    backend: tokenizers.Tokenizer
+    backend: tokenizers.Tokenizer = field(repr=False)
     vocab_size: int  # ids run from 0 to below this
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # any of them ends a generation
     prefix: tuple[int, ...] = ()  # put before a text that is encoded with `add_special`
     suffix: tuple[int, ...] = ()
-    chat_templates: Mapping[str, str] = field(default_factory=dict)  # by name; usually only "default"
+    chat_templates: Mapping[str, str] = field(default_factory=dict, repr=False)  # by name; usually only "default"
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...: for the template
 
     @property
