@@ -10,6 +10,15 @@ from pathlib import Path
 from ciuic_runtime.devices.errors import InvalidInput
 
 
+def check_can_write(path: str | Path) -> None:
+    """Raises InvalidInput now, not after long work, where a file could not be written later."""
+    path = Path(path)
+    if path.is_dir():
+        raise InvalidInput(f"cannot write {path}: it is a folder; give a file name")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InvalidInput(f"cannot write {path}: {path.parent} is missing or not writable; choose another folder")
+
+
 def write_whole(path: str | Path, text: str) -> None:
     """Writes `text` beside `path` and moves it there in one step; raises InvalidInput where that is not possible."""
     path = Path(path)

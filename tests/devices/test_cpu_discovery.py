@@ -122,6 +122,10 @@ def test_a_cgroup_limits_the_memory(xeon: Machine) -> None:
     assert cpu.facts["cgroup_memory_bytes"] == 16 * GIB
 
 
+def test_no_more_is_free_than_is_allowed(xeon: Machine) -> None:
+    assert xeon.discover("0-3", CgroupLimits(memory_bytes=16 * GIB))[0].memory_free_bytes == 16 * GIB
+
+
 def test_a_full_host_limits_what_is_free(xeon: Machine) -> None:
     xeon.meminfo(64 * GIB, 2 * GIB)
     (cpu,) = xeon.discover("0-3", CgroupLimits(memory_bytes=16 * GIB, memory_free_bytes=16 * GIB))

@@ -186,6 +186,13 @@ def test_a_damaged_entry_is_measured_again(
     assert "measured again" in caplog.text
 
 
+def test_another_version_of_the_cache_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "limits.json"
+    store("a", SOME, file)
+    monkeypatch.setattr(limits, "MEASURE_VERSION", limits.MEASURE_VERSION + 1)
+    assert load("a", file) is None
+
+
 def test_an_entry_without_a_field_is_measured_again(tmp_path: Path) -> None:
     file = tmp_path / "limits.json"
     store("a", SOME, file)

@@ -130,6 +130,16 @@ def test_an_event_covers_only_what_came_before_it() -> None:
         device.launch(torch.sum, buffer, reads=[buffer])
 
 
+def test_a_read_in_between_does_not_hide_the_write() -> None:
+    device = open_simulated()
+    buffer = device.allocate(256)
+    device.copy(buffer, torch.zeros(256, dtype=torch.uint8), "copy")
+    device.wait(device.record("copy"), "one")
+    device.launch(torch.sum, buffer, stream="one", reads=[buffer])
+    with pytest.raises(RaceError, match=r"read by sum \(stream two\) .* write by h2d copy"):
+        device.launch(torch.sum, buffer, stream="two", reads=[buffer])
+
+
 def test_results_of_launches_are_watched_too() -> None:
     device = open_simulated()
     made = device.launch(torch.ones, 4, stream="one", name="make")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def topologies(draw: st.DrawFn) -> Topology:
     return Topology(tuple(found), links)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(topologies())
 def test_round_trip_is_exact(topology: Topology) -> None:
     back = topology_from_toml(topology_to_toml(topology), "test.toml")
@@ -97,6 +98,7 @@ bandwidth = 25e9
     cpu, sim = read(text).devices
     assert (cpu.memory_bytes, cpu.cores, cpu.basis) == (16 << 30, 8, "estimated")
     assert dict(cpu.matrix_rates) == {"float32": 1e12, "bfloat16": 2e12}
+    assert isinstance(cpu.matrix_rates["float32"], float)
     assert (sim.memory_bytes, sim.simulated, sim.basis) == (3 << 29, True, "measured")
     assert read(text).links == (Link("cpu", "sim:0", 25e9, 0.0, "estimated"),)
     assert read(CPU_TABLE).devices[0].basis == "unknown"
@@ -131,6 +133,7 @@ bandwidth = 25e9
             "memory_bandwidth_by_threads is {'two': 1000000000.0}; allowed",
         ),
         ("cache_bytes = { L2 = -1 }", "cache_bytes is {'L2': -1}; allowed"),
+        ("launch_overhead = true", "launch_overhead is True; allowed"),
         ("launch_overhead = -1e-6", "launch_overhead is -1e-06; allowed: a number of seconds"),
         ('isa = "avx2"', "isa is 'avx2'; allowed: a list"),
         ("isa = [1]", "isa is [1]; allowed: a list"),
@@ -207,10 +210,8 @@ def test_nothing_but_invalid_input_is_raised(key: str, value: object) -> None:
     from ciuic_runtime.devices import toml
 
     table = {"name": "cpu", "kind": "CPU", "memory_bytes": 4096, key: value}
-    try:
-        toml._device(table, "rig.toml: device 1")
-    except InvalidInput as error:
-        assert "rig.toml" in str(error)
+    with contextlib.suppress(InvalidInput):
+        assert toml._device(table, "rig.toml: device 1").name
 
 
 def test_files(tmp_path: Path) -> None:
