@@ -96,7 +96,7 @@ def _gpu(nvml: ModuleType, index: int, driver: str) -> Gpu:
             pcie_gen=_optional(nvml, "nvmlDeviceGetMaxPcieLinkGeneration", handle),
             pcie_width=_optional(nvml, "nvmlDeviceGetMaxPcieLinkWidth", handle),
             nvlinks=_nvlinks(nvml, handle),
-            numa_node=_optional(nvml, "nvmlDeviceGetNumaNodeId", handle),
+            numa_node=_node(_optional(nvml, "nvmlDeviceGetNumaNodeId", handle)),
             compute_capability=_pair(_optional(nvml, "nvmlDeviceGetCudaComputeCapability", handle)),
             mig=None if mig is None else bool(mig[0]),
             memory_bus_bits=_optional(nvml, "nvmlDeviceGetMemoryBusWidth", handle),
@@ -146,6 +146,11 @@ def _optional(nvml: ModuleType, name: str, *args: object) -> Any:
 
 def _text(value: str | bytes | None) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else value or ""
+
+
+def _node(value: int | None) -> int | None:
+    """None also where the driver answers -1, as an unsigned number: the machine has one node only."""
+    return value if value is not None and value < 65536 else None
 
 
 def _pair(value: Any) -> tuple[int, int] | None:

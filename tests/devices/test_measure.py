@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,8 @@ def test_the_probe_counts_what_it_reads() -> None:
     windows = probe.read_bandwidth(4 * MIB, 2, 0.05, 5, [])
     assert len(windows) == 5
     assert all(1e8 < w < 1e13 for w in windows)
+    (bound,) = probe.read_bandwidth(MIB, 1, 0.01, 1, [min(os.sched_getaffinity(0))])
+    assert bound > 1e8
     assert probe.instruction_set() in ("avx512f", "avx2", "portable")
     for threads, seconds, count in [(0, 0.1, 1), (1, 0.0, 1), (1, float("nan"), 1), (1, 0.1, 0)]:
         with pytest.raises(ValueError, match="must be positive"):

@@ -134,6 +134,18 @@ def test_an_instance_has_the_memory_torch_says(nvml: Nvml) -> None:
     assert found[0].facts["mig"] is True
 
 
+def test_a_gpu_that_only_torch_knows_has_what_torch_says(nvml: Nvml) -> None:
+    nvml(gpu(0))
+    (found,), links = discover_gpus([CPU], lambda: TorchGpus("", ("GPU-instance",), (5 << 30,)))
+    assert (found.name, found.memory_bytes, found.usable, links) == ("cuda:0", 5 << 30, True, [])
+
+
+@pytest.mark.parametrize(("said", "node"), [(1, 1), (0xFFFFFFFF, None)])
+def test_no_numa_node_is_no_number(nvml: Nvml, said: int, node: int | None) -> None:
+    nvml(gpu(0, nvmlDeviceGetNumaNodeId=said))
+    assert discover_gpus([], lambda: NO_CUDA)[0][0].numa_node == node
+
+
 @pytest.mark.parametrize(
     ("visible", "expected"),
     [
