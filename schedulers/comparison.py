@@ -4,11 +4,13 @@ Knows no cost model; the forecast is what the schedule recorded when it was made
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ciuic_runtime.schedulers.graph import Phase
-from ciuic_runtime.schedulers.schedule import Schedule
-from ciuic_runtime.schedulers.trace import Trace
+
+if TYPE_CHECKING:
+    from ciuic_runtime.schedulers.schedule import Schedule
+    from ciuic_runtime.schedulers.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,8 @@ class Comparison:
 def compare(trace: Trace, schedule: Schedule) -> Comparison:
     predicted = schedule.predicted
     return Comparison(
-        Compared(predicted and predicted.prefill_tokens_per_s, trace.tokens_per_s("prefill")),
-        Compared(predicted and predicted.decode_tokens_per_s, trace.tokens_per_s("decode")),
+        Compared(predicted.prefill_tokens_per_s if predicted else None, trace.tokens_per_s("prefill")),
+        Compared(predicted.decode_tokens_per_s if predicted else None, trace.tokens_per_s("decode")),
         {phase: _by_kind(trace, schedule, phase) for phase in ("prefill", "decode")},
     )
 

@@ -3,7 +3,7 @@ reach. Knows no placement; a `Calibration` is data, measured elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,20 +61,30 @@ class CostModel:
     calibration: Calibration = field(default_factory=Calibration)
     workload: Workload = field(default_factory=Workload)  # what policies plan for
 
-    def task(self, task: Task, device: DeviceSpec, step: Step, share: float = 1.0) -> Cost:
-        """The cost of `share` of the task (less than 1: some of a layer's experts) on `device`."""
+    def task(self, task: Task, device: DeviceSpec, step: Step) -> Cost:
+        """All of a task on one device."""
+        return self._cost(task, device, step, task.expected_experts(step.tokens), 1.0, task.work(step.phase).launches)
+
+    def experts(self, task: Task, device: DeviceSpec, step: Step, experts: Sequence[int]) -> Cost:
+        """Some of a layer's routed experts; putting all their rows together is `combine`."""
+        touched = task.expected_experts(step.tokens, experts)
+        return self._cost(task, device, step, touched, task.share(experts), 0)
+
+    def combine(self, task: Task, device: DeviceSpec, step: Step) -> Cost:
+        return Cost(0.0, 0.0, task.work(step.phase).launches * self.launch_overhead(device))
+
+    def _cost(self, task: Task, device: DeviceSpec, step: Step, experts: float, share: float, launches: float) -> Cost:
+        """A task of which this device has `share`, and on it `experts` distinct experts to read."""
         work = task.work(step.phase)
-        tokens = step.sequences if work.per_sequence else step.tokens
-        experts = task.expected_experts(tokens) * share
-        flops = share * (
-            work.flops_per_token * tokens + work.flops_per_pair * step.pairs + work.flops_per_position * step.positions
-        )
-        weights = work.bytes_fixed + work.bytes_per_expert * experts
+        tokens = work.rows(step)
+        attention = work.flops_per_pair * step.pairs + work.flops_per_position * step.positions
+        flops = work.flops_per_token * tokens + attention
+        weights = (work.bytes_fixed if tokens else 0.0) + work.bytes_per_expert * experts
         other = work.bytes_per_token * tokens + work.bytes_per_position * step.positions
-        launches = work.launches + work.launches_per_expert * experts + work.launches_per_sequence * step.sequences
+        launches += work.launches_per_expert * experts + work.launches_per_sequence * step.sequences
         return Cost(
-            compute_s=flops / self.matrix_rate(device),
-            memory_s=weights / self.weight_bandwidth(device, tokens) + other / self.bandwidth(device),
+            compute_s=share * flops / self.matrix_rate(device),
+            memory_s=weights / self.weight_bandwidth(device, tokens) + share * other / self.bandwidth(device),
             overhead_s=launches * self.launch_overhead(device),
         )
 

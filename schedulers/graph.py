@@ -3,7 +3,7 @@ Knows no device and no clock; a model's graph is built by `ciuic_runtime.models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -31,17 +31,18 @@ class Step:
     sequences: int
     pairs: float  # (new token, attended position) pairs
     positions: float  # cached positions read, all sequences together
+    sampled: int  # sequences whose next token is wanted: all in decode, in prefill those whose prompt ends here
 
     @staticmethod
     def prefill(prompt_tokens: int, batch: int = 1, start: int = 0) -> Step:
-        """`batch` prompts (or chunks of them that begin at position `start`), causally attended."""
+        """The last `prompt_tokens` of `batch` prompts, from position `start` on, causally attended."""
         pairs = batch * (prompt_tokens * start + prompt_tokens * (prompt_tokens + 1) / 2)
-        return Step("prefill", batch * prompt_tokens, batch, pairs, batch * (start + prompt_tokens))
+        return Step("prefill", batch * prompt_tokens, batch, pairs, batch * (start + prompt_tokens), batch)
 
     @staticmethod
     def decode(context: float, batch: int = 1) -> Step:
         """One new token for each of `batch` sequences, each attending `context` positions (itself included)."""
-        return Step("decode", batch, batch, batch * context, batch * context)
+        return Step("decode", batch, batch, batch * context, batch * context, batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,17 @@ class Work:
     launches: int = 1  # operator calls, each with the device's launch overhead
     launches_per_expert: int = 0
     launches_per_sequence: int = 0
-    per_sequence: bool = False  # computed for the last token of each sequence only (the head)
+    per_sequence: bool = False  # computed only for the last token of sequences that are sampled (the head)
+
+    def rows(self, step: Step) -> int:
+        """Tokens of the step that the task computes."""
+        return step.sampled if self.per_sequence else step.tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A unit of compute that can be placed. The routed experts of a layer are one task with many pages."""
+    """A unit of compute that can be placed. The routed experts of a layer are one task with a page for each; it comes
+    `after` (input, router, what is added to the result), and its rows are combined where the router runs."""
 
     name: str  # layers.3.attention
     kind: TaskKind
@@ -78,20 +84,38 @@ class Task:
     popularity: tuple[float, ...] = ()  # expected picks per token of each expert, summing to experts_per_token
     kv_bytes_per_token: float = 0.0  # grows the cache on the device that computes it
 
+    def __post_init__(self) -> None:
+        pages = self.num_experts or 1
+        assert len(self.pages) == pages, f"{self.name} has {len(self.pages)} pages, {pages} are needed"
+        assert len(self.popularity) in (0, pages), f"{self.name}: {len(self.popularity)} popularities, {pages} experts"
+
     @property
     def nbytes(self) -> int:
         return sum(p.nbytes for p in self.pages)
 
+    @property
+    def rows(self) -> tuple[tuple[str, Page], ...]:
+        """(name, page) of what is assigned a device: the task, or each of its routed experts."""
+        return tuple((p.name, p) for p in self.pages) if self.num_experts else ((self.name, self.pages[0]),)
+
     def work(self, phase: Phase) -> Work:
         return self.prefill if phase == "prefill" else self.decode
 
-    def expected_experts(self, tokens: int) -> float:
-        """Distinct routed experts that `tokens` tokens touch, were each to pick independently by popularity."""
+    def expected_experts(self, tokens: int, experts: Sequence[int] | None = None) -> float:
+        """Distinct routed experts (of `experts`, else of all) that `tokens` tokens touch, each choosing for itself."""
         if not self.num_experts:
             return 0.0
         if self.popularity:
-            return sum(1.0 - (1.0 - min(p, 1.0)) ** tokens for p in self.popularity)
-        return self.num_experts * (1.0 - (1.0 - self.experts_per_token / self.num_experts) ** tokens)
+            picks = self.popularity if experts is None else [self.popularity[e] for e in experts]
+            return sum(1.0 - (1.0 - min(p, 1.0)) ** tokens for p in picks)
+        count = self.num_experts if experts is None else len(experts)
+        return count * (1.0 - (1.0 - self.experts_per_token / self.num_experts) ** tokens)
+
+    def share(self, experts: Sequence[int]) -> float:
+        """The share of all picks that these routed experts are expected to get."""
+        if self.popularity:
+            return sum(self.popularity[e] for e in experts) / sum(self.popularity)
+        return len(experts) / self.num_experts
 
 
 @dataclass(frozen=True)
@@ -123,11 +147,15 @@ class TaskGraph:
     hidden_bytes_per_token: float = 0.0  # of the residual stream
     max_positions: int = 0
     working_bytes_per_token: float = 0.0  # temporaries of one token in a prefill chunk
-    working_bytes_per_pair: float = 0.0  # of one (token, attended position) pair in a chunk
+    working_bytes_per_position: float = 0.0  # of one attended position: keys and values of one sequence, expanded
+    working_bytes_per_pair: float = 0.0  # of one (token, attended position) pair: scores of one sequence
     working_bytes_per_sequence: float = 0.0  # logits
     prefill_chunk: int = 512  # tokens that one pass takes at most
+    score_rows: int = 256  # tokens of a sequence whose scores are held at once
 
     def __post_init__(self) -> None:
+        if not self.tasks:
+            raise InvalidInput(f"graph {self.name} has no tasks; there is nothing to place")
         seen: set[str] = set()
         for task in self.tasks:
             if task.name in seen:
@@ -143,7 +171,7 @@ class TaskGraph:
         return iter(self.tasks)
 
     def __hash__(self) -> int:
-        return id(self)
+        return hash((self.name, self.format, len(self.tasks)))  # equal graphs have equal hashes; all tasks are too many
 
     @cached_property
     def by_name(self) -> dict[str, Task]:
@@ -166,21 +194,29 @@ class TaskGraph:
         """Every page once, though tied embeddings are read by two tasks."""
         return {page.name: page for task in self.tasks for page in task.pages}
 
-    @property
+    @cached_property
+    def rows(self) -> dict[str, Page]:
+        """The page of everything that a schedule assigns a device, in the order of the tasks."""
+        return {name: page for task in self.tasks for name, page in task.rows}
+
+    @cached_property
     def nbytes(self) -> int:
         return sum(page.nbytes for page in self.pages.values())
 
     def working_bytes(self, batch: int, prompt_tokens: int, context: int) -> float:
-        """Temporaries of the largest pass: a prefill chunk at the end of the context, and every sequence's logits."""
-        tokens = min(batch * prompt_tokens, self.prefill_chunk)
-        pairs = tokens * min(context, self.max_positions or context)
+        """Temporaries of the largest pass: a prefill chunk at the end of the context, and every sequence's logits.
+        Attention takes one sequence at a time, so its share does not grow with the batch."""
+        tokens = max(min(batch * prompt_tokens, self.prefill_chunk), batch)
+        positions = min(context, self.max_positions or context)
+        rows = min(prompt_tokens, self.prefill_chunk, self.score_rows)
         return (
             self.working_bytes_per_token * tokens
-            + self.working_bytes_per_pair * pairs
+            + self.working_bytes_per_position * positions
+            + self.working_bytes_per_pair * positions * rows
             + self.working_bytes_per_sequence * batch
         )
 
-    @property
+    @cached_property
     def kv_bytes_per_token(self) -> float:
         return sum(task.kv_bytes_per_token for task in self.tasks)
 

@@ -3,26 +3,22 @@ What a plan costs is the simulator's word, what is allowed is the user's rules' 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput, OutOfMemory
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.devices.units import format_bytes, parse_bytes
+from ciuic_runtime.schedulers.assignment import Candidate, Prediction
 from ciuic_runtime.schedulers.cost import Calibration, CostModel
-from ciuic_runtime.schedulers.graph import Layer, Step, Task, TaskGraph
+from ciuic_runtime.schedulers.draft import Fixed, schedule_of
+from ciuic_runtime.schedulers.graph import Layer, Task, TaskGraph
+from ciuic_runtime.schedulers.memory import capacity
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.policies.trivial import all_on, by_speed, fastest_first, split_by_speed
-from ciuic_runtime.schedulers.schedule import (
-    Assignment,
-    Candidate,
-    Prediction,
-    Schedule,
-    memory_need,
-    rows_of,
-)
-from ciuic_runtime.schedulers.simulate import prefill_chunks, simulate
-from ciuic_runtime.schedulers.trace import Trace
+from ciuic_runtime.schedulers.predict import predict
+from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.workload import Goal, Workload, parse_goal
 
 Policy = Callable[[TaskGraph, Topology, CostModel], Schedule]
@@ -30,7 +26,11 @@ _registered: dict[str, Policy] = {}
 
 
 def policy(name: str) -> Callable[[Policy], Policy]:
-    """Decorator: the function joins the planner's candidates under this name."""
+    """Decorator: the function joins the planner's candidates under this name.
+
+    The user's rules are laid over what it returns; if it raises, it is a candidate that is not feasible."""
+    if name in ("fastest first", "split by speed", "by hand") or name.startswith("all on "):
+        raise InvalidInput(f"policy {name!r}: that is the name of a built-in plan; choose another one")
 
     def register(function: Policy) -> Policy:
         _registered[name] = function
@@ -48,10 +48,12 @@ def forget_policy(name: str) -> None:
 class _Scored:
     schedule: Schedule
     prediction: Prediction
+    trivial: bool
     why_not: str  # "" if it fits
 
     def seconds(self, goal: Goal) -> float:
-        """What the goal minimises: the first token, or the whole workload."""
+        """What the goal minimises: the first token, or the whole workload (whose batch is given, so that latency and
+        throughput ask for the same)."""
         if goal == "first-token":
             return self.prediction.first_token_s
         work = self.schedule.workload
@@ -79,168 +81,164 @@ class TaskScheduler:
         graph = task.graph if isinstance(task, Layer) else graph or self._graph
         if graph is None:
             raise InvalidInput("add_task of a single task needs its graph: add_task(task, device, graph=model.graph)")
-        if self._graph is not None and graph is not self._graph:
-            raise InvalidInput(
-                f"this scheduler already has tasks of {self._graph.name}; use another one for {graph.name}"
-            )
+        if isinstance(task, Task) and graph.by_name.get(task.name) != task:
+            raise InvalidInput(f"{graph.name} has no such task {task.name}; take tasks from its graph")
+        self._belongs(graph)
         self._graph = graph
         if isinstance(device, DeviceSpec):
             self._devices[device.name] = device
         name = device.name if isinstance(device, DeviceSpec) else device
         for member in task.tasks if isinstance(task, Layer) else (task,):
-            self._exact.update(dict.fromkeys((row for row, _ in rows_of(member)), name))
+            self._exact.update(dict.fromkeys((row for row, _ in member.rows), name))
 
     def schedule(self, graph: TaskGraph | None = None) -> Schedule:
         """The best feasible candidate. Raises OutOfMemory, with the figures, where none fits."""
         graph = graph or self._graph
         if graph is None:
             raise InvalidInput("nothing to schedule: add_task a model's layers, or pass a graph")
+        self._belongs(graph)
         goal, topology = parse_goal(self.goal), self._budgeted()
         cost = CostModel(topology, graph.format, self.calibration, self.workload)
-        fixed = {**self.placement.resolve(graph, topology), **self._exact}
-        scored: list[_Scored] = []
-        broken: list[Candidate] = []
-        for name, candidate in self._candidates(topology, cost).items():
-            try:
-                scored.append(_score(_with_fixed(candidate(graph, topology, cost), graph, fixed, name), graph, cost))
-            except CiuicError as error:
-                broken.append(Candidate(name, False, why_not=str(error)))
-        return _choose(_distinct(scored), broken, goal, cost.calibration.model_error)
+        fixed = {**self.placement.resolve(graph, topology, self.workload), **self._exact}
+        scored, broken = _score_all(graph, topology, cost, fixed)
+        chosen = _choose(scored, broken, goal, self.calibration.model_error)
+        return replace(chosen, notes=(*_caveats(graph, self.workload, self.placement), *chosen.notes))
 
-    def _candidates(self, topology: Topology, cost: CostModel) -> dict[str, Policy]:
-        """Simplest first: that one wins where forecasts do not tell them apart."""
-        found: dict[str, Policy] = {}
-        for device in by_speed(topology, cost):
-            found[f"all on {device.name}"] = lambda g, t, c, name=device.name: all_on(name, g, t, c)  # type: ignore[misc]
-        if len(topology.compute_devices) > 1:
-            found["fastest first"] = fastest_first
-            found["split by speed"] = split_by_speed
-        return {**found, **_registered}
+    def _belongs(self, graph: TaskGraph) -> None:
+        if self._graph is not None and graph != self._graph:
+            raise InvalidInput(
+                f"this scheduler already has tasks of {self._graph.name} ({self._graph.format}); "
+                f"use another one for {graph.name} ({graph.format})"
+            )
 
     def _budgeted(self) -> Topology:
-        """The topology with every device's memory cut down to the user's budget."""
+        """The topology with every device's free memory cut down to the user's budget."""
+        if self.topology is None and not self._devices:
+            raise InvalidInput("no devices are known; pass a topology, or devices (not their names) to add_task")
         topology = self.topology or Topology(tuple(self._devices.values()))
         budgets = {topology.device(name).name: parse_bytes(size) for name, size in self.memory.items()}
-        if not topology.compute_devices:
-            raise InvalidInput(
-                "no device here can compute; " + "; ".join(f"{d.name}: {d.why_not_usable}" for d in topology.devices)
-            )
-        for name in self._exact.values():
-            topology.device(name)
+        able = {d.name for d in topology.compute_devices}
+        if not able:
+            reasons = "; ".join(f"{d.name}: {d.why_not_usable or d.kind}" for d in topology.devices)
+            raise InvalidInput(f"no device here can compute ({reasons}); name others, or see `ciuic doctor`")
+        for name in dict.fromkeys(self._exact.values()):
+            if topology.device(name).name not in able:
+                raise InvalidInput(f"add_task: {name} cannot compute; devices that can are {', '.join(sorted(able))}")
         return replace(topology, devices=tuple(_limit(d, budgets.get(d.name)) for d in topology.devices))
 
 
-def predict(schedule: Schedule, graph: TaskGraph, cost: CostModel) -> Prediction:
-    """Rates and memory of a schedule, from one simulated prefill and the mean decode step."""
-    work = schedule.workload
-    chunks = [Step.prefill(n, batch, start) for batch, start, n in prefill_chunks(work, graph.prefill_chunk)]
-    prefill = simulate(schedule, graph, cost, chunks)
-    decode = simulate(schedule, graph, cost, [work.mean_decode])
-    prefill_s, decode_s = prefill.seconds("prefill"), decode.seconds("decode")
-    rate, error = work.batch / decode_s, cost.calibration.model_error
-    return Prediction(
-        first_token_s=prefill_s,
-        prefill_tokens_per_s=work.batch * work.prompt_tokens / prefill_s,
-        decode_tokens_per_s=rate,
-        range=(rate / (1 + error), rate * (1 + error)),
-        bound_by=_binding(decode, graph, cost, work.mean_decode),
-        memory_bytes=memory_need(schedule, graph, work),
-        basis=cost.basis(set(schedule.devices_used())),
-        seconds_per_token={
-            "prefill": {
-                k: s / (work.batch * work.prompt_tokens) for k, s in prefill.seconds_by_kind("prefill").items()
-            },
-            "decode": {k: s / work.batch for k, s in decode.seconds_by_kind("decode").items()},
-        },
-    )
+def _score_all(
+    graph: TaskGraph, topology: Topology, cost: CostModel, fixed: Fixed
+) -> tuple[list[_Scored], list[Candidate]]:
+    """Every candidate with its forecast, simplest first, and those that could not be made. Of equal plans the first
+    is kept: with every task fixed by hand there is only one."""
+    plans: dict[str, Policy] = {
+        f"all on {d.name}": partial(all_on, fixed=fixed, device=d.name) for d in by_speed(topology, cost)
+    }
+    if len(topology.compute_devices) > 1:
+        plans["fastest first"] = partial(fastest_first, fixed=fixed)
+        plans["split by speed"] = partial(split_by_speed, fixed=fixed)
+    by_hand = fixed.keys() == graph.rows.keys()
+    scored: dict[tuple[str, ...], _Scored] = {}
+    broken: list[Candidate] = []
+    for name, plan in {**plans, **({} if by_hand else _registered)}.items():
+        label = "by hand" if by_hand else f"{name}, rules applied" if fixed else name
+        try:
+            schedule = plan(graph, topology, cost)
+            if name not in plans:
+                schedule = _with_rules(schedule, graph, topology, cost, fixed)
+        except Exception as error:
+            # A user's policy may raise anything; it must not take the other candidates with it.
+            if name in plans:
+                raise
+            reason = str(error) if isinstance(error, CiuicError) else f"{type(error).__name__}: {error}"
+            broken.append(Candidate(label, False, why_not=f"the policy failed: {' '.join(reason.split())}"))
+            continue
+        key = tuple(row.device for row in schedule.assignments)
+        if key not in scored:
+            scored[key] = _score(replace(schedule, policy=label), graph, cost, trivial=name in plans)
+        elif name in _registered:
+            same = scored[key]
+            broken.append(_candidate(same, label, f"the same plan as {same.schedule.policy}"))
+    return list(scored.values()), broken
 
 
-def _binding(decode: Trace, graph: TaskGraph, cost: CostModel, step: Step) -> str:
-    """The resource that the decode step spends most of its time on."""
-    spent: dict[str, float] = {}
-    for event in decode.events:
-        if event.kind == "copy":
-            what = f"link {event.lane}"
-        else:
-            task, device = graph.by_name[event.task], cost.topology.device(event.lane)
-            what = f"{cost.task(task, device, step).bound_by} of {event.lane}"
-        spent[what] = spent.get(what, 0.0) + event.seconds
-    return max(spent, key=lambda what: spent[what])
+def _with_rules(schedule: object, graph: TaskGraph, topology: Topology, cost: CostModel, fixed: Fixed) -> Schedule:
+    """What a policy returned, checked, with the user's rules laid over it."""
+    if not isinstance(schedule, Schedule):
+        raise InvalidInput(f"it returned {type(schedule).__name__}, not a Schedule")
+    schedule.with_topology(topology).validate(graph)
+    where = {row.task: row.device for row in schedule.assignments}
+    return schedule_of(graph, topology, cost.workload, {**where, **fixed}, schedule.policy)
 
 
-def _score(schedule: Schedule, graph: TaskGraph, cost: CostModel) -> _Scored:
-    schedule.validate(graph)
+def _score(schedule: Schedule, graph: TaskGraph, cost: CostModel, trivial: bool) -> _Scored:
     why_not = ""
     try:
         schedule.check_memory(graph)
     except OutOfMemory as error:
         why_not = str(error)
-    return _Scored(schedule, predict(schedule, graph, cost), why_not)
+    return _Scored(schedule, predict(schedule, graph, cost), trivial, why_not)
 
 
-def _with_fixed(schedule: Schedule, graph: TaskGraph, fixed: Mapping[str, str], name: str) -> Schedule:
-    """The candidate with the user's rules laid over it."""
-    pages = {row: page for task in graph for row, page in rows_of(task)}
-    held: set[tuple[str, str]] = set()
-    rows = []
-    for row in schedule.assignments:
-        device = fixed.get(row.task, row.device)
-        page = pages[row.task]
-        rows.append(Assignment(row.task, device, device, 0 if (page.name, device) in held else page.nbytes))
-        held.add((page.name, device))
-    whole = len(fixed) == len(pages)
-    label = "by hand" if whole else f"{name}, rules applied" if fixed else name
-    return replace(schedule, assignments=tuple(rows), policy=label)
-
-
-def _distinct(scored: list[_Scored]) -> list[_Scored]:
-    """One of each plan: with every task fixed, all policies give the same one."""
-    first: dict[tuple[Assignment, ...], _Scored] = {}
-    for one in scored:
-        first.setdefault(one.schedule.assignments, one)
-    return list(first.values())
-
-
-def _choose(scored: list[_Scored], broken: list[Candidate], goal: Goal, error: float) -> Schedule:
+def _choose(scored: Sequence[_Scored], others: Sequence[Candidate], goal: Goal, error: float) -> Schedule:
+    """The fastest trivial plan, unless another is forecast faster by more than the model may be wrong."""
     fitting = [one for one in scored if not one.why_not]
     if not fitting:
-        reasons = [one.why_not for one in scored] + [c.why_not for c in broken]
-        raise OutOfMemory(
-            reasons[0] if len(set(reasons)) == 1 else "no plan fits: " + " | ".join(dict.fromkeys(reasons))
-        )
+        reasons = list(dict.fromkeys(one.why_not for one in scored))
+        raise OutOfMemory(reasons[0] if len(reasons) == 1 else f"no plan fits: {' | '.join(reasons)}")
     best = min(fitting, key=lambda one: one.seconds(goal))
-    # A gain inside the model's own error is no reason to leave the simpler plan.
-    chosen = next(one for one in fitting if one.seconds(goal) <= best.seconds(goal) * (1 + error))
-    notes = []
-    if chosen is not best:
-        gain = chosen.seconds(goal) / best.seconds(goal) - 1
+    trivial = min((one for one in fitting if one.trivial), key=lambda one: one.seconds(goal), default=best)
+    gain = trivial.seconds(goal) / best.seconds(goal) - 1
+    chosen, notes = best, []
+    if best is not trivial and gain <= error:
+        chosen = trivial
         notes.append(
             f"{best.schedule.policy} is forecast {gain:.0%} faster, within the model's error of {error:.0%}: "
-            f"the simpler plan ({chosen.schedule.policy}) was chosen"
+            f"the simpler plan ({trivial.schedule.policy}) was chosen"
         )
-    candidates = [_candidate(one, chosen, goal) for one in scored] + broken
+    candidates = [_candidate(one, one.schedule.policy, _why_not(one, chosen, goal)) for one in scored]
     return replace(
-        chosen.schedule, goal=goal, predicted=chosen.prediction, candidates=tuple(candidates), notes=tuple(notes)
+        chosen.schedule,
+        goal=goal,
+        predicted=chosen.prediction,
+        candidates=(*candidates, *others),
+        notes=tuple(notes),
     )
 
 
-def _candidate(one: _Scored, chosen: _Scored, goal: Goal) -> Candidate:
-    why_not = one.why_not
-    if one is not chosen and not why_not:
-        ratio = one.seconds(goal) / chosen.seconds(goal)
-        why_not = f"{ratio:.2f}x the time" if ratio >= 1 else f"{1 / ratio - 1:.0%} faster, within the model's error"
+def _why_not(one: _Scored, chosen: _Scored, goal: Goal) -> str:
+    if one is chosen or one.why_not:
+        return one.why_not
+    ratio = one.seconds(goal) / chosen.seconds(goal)
+    return f"{ratio:.2f}x the time" if ratio >= 1 else f"{1 / ratio - 1:.0%} faster, within the model's error"
+
+
+def _candidate(one: _Scored, name: str, why_not: str) -> Candidate:
     p = one.prediction
-    return Candidate(one.schedule.policy, not one.why_not, p.decode_tokens_per_s, p.prefill_tokens_per_s, why_not)
+    return Candidate(name, not one.why_not, p.decode_tokens_per_s, p.prefill_tokens_per_s, why_not)
+
+
+def _caveats(graph: TaskGraph, workload: Workload, placement: Placement) -> list[str]:
+    """What the plan took for granted and the reader should know."""
+    notes = []
+    if graph.max_positions and workload.context > graph.max_positions:
+        notes.append(
+            f"the workload has {workload.context} positions per sequence, {graph.name} was trained for "
+            f"{graph.max_positions}; it cannot be run as planned"
+        )
+    if any(rule.by == "popularity" for rule in placement.rules) and not any(task.popularity for task in graph):
+        notes.append("no popularity of experts is known: rules by popularity took them in order")
+    return notes
 
 
 def _limit(device: DeviceSpec, budget: int | None) -> DeviceSpec:
-    available = (
-        device.memory_bytes if device.memory_free_bytes is None else min(device.memory_bytes, device.memory_free_bytes)
-    )
-    if budget is None:
-        return replace(device, memory_bytes=available)
-    if budget > available:
+    available = capacity(device)
+    if budget is not None and budget > available:
         raise InvalidInput(
-            f"--memory {device.name}={format_bytes(budget)} is more than can be used there ({format_bytes(available)}); ask for less"
+            f"--memory {device.name}={format_bytes(budget)} is more than can be used there "
+            f"({format_bytes(available)}); ask for less"
         )
-    return replace(device, memory_bytes=budget)
+    if not device.can_compute:
+        return device
+    return replace(device, memory_free_bytes=available if budget is None else budget)

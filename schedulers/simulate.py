@@ -3,41 +3,51 @@ Knows the order in which the local executor works (one task at a time, copies be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import Step, Task, TaskGraph
 from ciuic_runtime.schedulers.schedule import Schedule
-from ciuic_runtime.schedulers.trace import Event, StepInfo, Trace
+from ciuic_runtime.schedulers.trace import Event, EventKind, StepInfo, Trace
 from ciuic_runtime.schedulers.workload import Workload
 
 
-def workload_steps(graph: TaskGraph, workload: Workload) -> list[Step]:
-    """The passes that the engine makes: prompts in chunks, then one decode step per further token."""
-    steps = []
-    for batch, start, tokens in prefill_chunks(workload, graph.prefill_chunk):
-        steps.append(Step.prefill(tokens, batch, start))
-    steps += [Step.decode(workload.prompt_tokens + i, workload.batch) for i in range(1, workload.max_tokens)]
-    return steps
+def workload_steps(graph: TaskGraph, workload: Workload) -> Iterator[Step]:
+    """The passes that the engine makes: all prompts in chunks, then one decode step per further token."""
+    for i in range(num_prefill_steps(graph, workload)):
+        yield prefill_step(graph, workload, i)
+    for i in range(1, workload.max_tokens):
+        yield Step.decode(workload.prompt_tokens + i, workload.batch)
 
 
-def prefill_chunks(workload: Workload, chunk: int) -> list[tuple[int, int, int]]:
-    """(sequences, start, tokens of each) of every prefill pass, prompts taken one after the other."""
-    whole = max(1, chunk // workload.prompt_tokens)
-    if workload.prompt_tokens <= chunk:
-        sizes = [whole] * (workload.batch // whole) + ([workload.batch % whole] if workload.batch % whole else [])
-        return [(size, 0, workload.prompt_tokens) for size in sizes]
-    starts = range(0, workload.prompt_tokens, chunk)
-    return [(1, s, min(chunk, workload.prompt_tokens - s)) for _ in range(workload.batch) for s in starts]
+def num_prefill_steps(graph: TaskGraph, workload: Workload) -> int:
+    return -(-workload.batch * workload.prompt_tokens // graph.prefill_chunk)
+
+
+def prefill_step(graph: TaskGraph, workload: Workload, index: int) -> Step:
+    """Pass `index` over the prompts: they are laid end to end and cut into chunks, so one pass may end a prompt and
+    begin the next."""
+    prompt, at = workload.prompt_tokens, index * graph.prefill_chunk
+    end = min(at + graph.prefill_chunk, workload.batch * prompt)
+    tokens, sequences, sampled, pairs, positions = end - at, 0, 0, 0.0, 0.0
+    while at < end:
+        start = at % prompt
+        stop = min(prompt, start + end - at)
+        sequences, sampled = sequences + 1, sampled + (stop == prompt)
+        pairs += (stop - start) * (start + stop + 1) / 2
+        positions += stop
+        at += stop - start
+    return Step("prefill", tokens, sequences, pairs, positions, sampled)
 
 
 def simulate(schedule: Schedule, graph: TaskGraph, cost: CostModel, steps: Iterable[Step] | None = None) -> Trace:
-    """The trace that the schedule is forecast to leave; for a workload, or for the steps that are given."""
+    """The trace that the schedule is forecast to leave; for its workload, or for the steps that are given."""
     clock = _Clock(schedule, graph, cost)
     for step in workload_steps(graph, schedule.workload) if steps is None else steps:
         clock.run(step)
-    notes = tuple(f"{d.name} is simulated" for d in schedule.topology.devices if d.simulated)
-    return Trace(tuple(clock.events), tuple(clock.infos), "simulated", schedule.devices_used(), notes)
+    used = schedule.devices_used()
+    notes = tuple(f"{name} is simulated" for name in used if schedule.topology.device(name).simulated)
+    return Trace(tuple(clock.events), tuple(clock.infos), "simulated", used, notes)
 
 
 class _Clock:
@@ -45,6 +55,8 @@ class _Clock:
 
     def __init__(self, schedule: Schedule, graph: TaskGraph, cost: CostModel) -> None:
         self.schedule, self.graph, self.cost = schedule, graph, cost
+        self.devices = {d.name: d for d in schedule.topology.devices}
+        self.experts = {task.name: _experts_by_device(schedule, task) for task in graph if task.num_experts}
         self.now = 0.0
         self.events: list[Event] = []
         self.infos: list[StepInfo] = []
@@ -53,51 +65,49 @@ class _Clock:
     def run(self, step: Step) -> None:
         start, self.where = self.now, {}
         for task in self.graph:
-            if task.num_experts:
-                self._experts(task, step)
+            home = self.schedule.device_of(task.name)
+            spread = self.experts.get(task.name, {})
+            if spread.keys() <= {home}:
+                self._fetch(task.after, home, step)
+                self._compute(task, home, self.cost.task(task, self.devices[home], step).seconds, step)
             else:
-                self._one(task, step)
+                self._experts(task, home, spread, step)
+            self.where[task.name] = {home}
         self.infos.append(StepInfo(step.phase, step.tokens, step.sequences, start, self.now))
 
-    def _one(self, task: Task, step: Step) -> None:
-        device = self.schedule.device_of(task.name)
-        self._fetch(task.after, device, step)
-        self._compute(task, device, step, 1.0)
-        self.where[task.name] = {device}
-
-    def _experts(self, task: Task, step: Step) -> None:
-        """Each device computes its experts; their rows are combined where the router runs."""
-        home = self.schedule.device_of(task.name)
-        devices = self.schedule.expert_devices(task)
-        popularity = task.popularity or (1.0,) * task.num_experts
-        for device in dict.fromkeys(devices):
-            share = sum(p for p, d in zip(popularity, devices, strict=True) if d == device) / sum(popularity)
-            self._fetch(task.after[:1], device, step)
-            self._compute(task, device, step, share)
-            rows = step.tokens * task.experts_per_token * share
+    def _experts(self, task: Task, home: str, spread: dict[str, list[int]], step: Step) -> None:
+        """Each device computes the rows of its experts; they are combined at home, where the router runs."""
+        for device, experts in spread.items():
+            self._fetch(task.after[:2], device, step)
+            self._compute(task, device, self.cost.experts(task, self.devices[device], step, experts).seconds, step)
+            rows = step.tokens * task.experts_per_token * task.share(experts)
             self._copy(task.name, device, home, rows * task.output_bytes_per_token, step)
         self._fetch(task.after[1:], home, step)
-        self.where[task.name] = {home}
+        self._compute(task, home, self.cost.combine(task, self.devices[home], step).seconds, step)
 
-    def _fetch(self, names: tuple[str, ...], device: str, step: Step) -> None:
+    def _fetch(self, names: Iterable[str], device: str, step: Step) -> None:
         for name in names:
             if device not in self.where[name]:
-                source = self.schedule.device_of(name)
                 task = self.graph.by_name[name]
-                rows = step.sequences if task.work(step.phase).per_sequence else step.tokens
-                nbytes = task.output_bytes_per_token * rows
-                self._copy(name, source, device, nbytes, step)
+                nbytes = task.output_bytes_per_token * task.work(step.phase).rows(step)
+                self._copy(name, self.schedule.device_of(name), device, nbytes, step)
                 self.where[name].add(device)
 
     def _copy(self, name: str, src: str, dst: str, nbytes: float, step: Step) -> None:
-        if src != dst and nbytes > 0:
+        if src != dst:
             self._advance(name, f"{src} -> {dst}", self.cost.transfer(src, dst, nbytes), step, "copy", int(nbytes))
 
-    def _compute(self, task: Task, device: str, step: Step, share: float) -> None:
-        cost = self.cost.task(task, self.schedule.topology.device(device), step, share)
-        self._advance(task.name, device, cost.seconds, step, "compute", 0)
+    def _compute(self, task: Task, device: str, seconds: float, step: Step) -> None:
+        self._advance(task.name, device, seconds, step, "compute", 0)
 
-    def _advance(self, name: str, lane: str, seconds: float, step: Step, kind: str, nbytes: int) -> None:
+    def _advance(self, name: str, lane: str, seconds: float, step: Step, kind: EventKind, nbytes: int) -> None:
         end = self.now + seconds
-        self.events.append(Event(name, lane, self.now, end, len(self.infos), step.phase, kind, nbytes))  # type: ignore[arg-type]
+        self.events.append(Event(name, lane, self.now, end, len(self.infos), step.phase, kind, nbytes))
         self.now = end
+
+
+def _experts_by_device(schedule: Schedule, task: Task) -> dict[str, list[int]]:
+    spread: dict[str, list[int]] = {}
+    for expert, device in enumerate(schedule.expert_devices(task)):
+        spread.setdefault(device, []).append(expert)
+    return spread

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ciuic_runtime.devices.files import write_whole
+from ciuic_runtime.schedulers.comparison import Comparison, compare
 from ciuic_runtime.schedulers.graph import Phase, task_kind
 
 if TYPE_CHECKING:
-    from ciuic_runtime.schedulers.comparison import Comparison
     from ciuic_runtime.schedulers.schedule import Schedule
 
 EventKind = Literal["compute", "copy", "sample"]
@@ -54,7 +54,7 @@ class Trace:
     steps: tuple[StepInfo, ...]
     source: Literal["simulated", "measured"]
     devices: tuple[str, ...] = ()  # lanes of compute, in order
-    notes: tuple[str, ...] = field(default_factory=tuple)  # "sim:0 is simulated"
+    notes: tuple[str, ...] = ()  # "sim:0 is simulated"
 
     @property
     def lanes(self) -> tuple[str, ...]:
@@ -82,8 +82,6 @@ class Trace:
 
     def against(self, schedule: Schedule) -> Comparison:
         """This trace beside what the schedule forecast: rates, and time per token by kind of task."""
-        from ciuic_runtime.schedulers.comparison import compare
-
         return compare(self, schedule)
 
     def to_chrome(self) -> dict[str, Any]:

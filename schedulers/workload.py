@@ -10,6 +10,8 @@ from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.schedulers.graph import Step
 
 Goal = Literal["latency", "throughput", "first-token"]
+CACHE_BLOCK_TOKENS = 64  # the KV cache grows by blocks of this size (ARCHITECTURE.md, "KV cache")
+LARGEST = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +23,8 @@ class Workload:
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "max_tokens", "batch"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**31:
-                raise InvalidInput(f"workload: {name} is {value!r}; it must be a whole number of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
+                raise InvalidInput(f"workload: {name} is {value!r}; it must be a whole number from 1 to {LARGEST}")
 
     @property
     def context(self) -> int:
@@ -30,13 +32,17 @@ class Workload:
         return self.prompt_tokens + self.max_tokens
 
     @property
-    def prefill(self) -> Step:
-        return Step.prefill(self.prompt_tokens, self.batch)
+    def cache_tokens(self) -> int:
+        """Positions that the cache has room for: whole blocks for every sequence."""
+        return self.batch * -(-self.context // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS
 
     @property
     def mean_decode(self) -> Step:
-        """A decode step in the middle of the generation; cost is linear in context, so this is the mean step."""
-        return Step.decode(self.prompt_tokens + (self.max_tokens + 1) / 2, self.batch)
+        """The mean of the decode steps, whose contexts run from prompt + 1 to prompt + max_tokens - 1."""
+        return Step.decode(self.prompt_tokens + max(1.0, self.max_tokens / 2), self.batch)
+
+    def __str__(self) -> str:
+        return f"{self.batch} x ({self.prompt_tokens} prompt + {self.max_tokens} new) tokens"
 
 
 def parse_goal(goal: str) -> Goal:

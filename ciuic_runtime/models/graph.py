@@ -19,6 +19,8 @@ EXPERT_LAUNCHES = 8
 COMBINE_LAUNCHES = 6
 ATTENTION_LAUNCHES = 22
 ATTENTION_LAUNCHES_PER_SEQUENCE = 14
+PREFILL_CHUNK = 512  # tokens that one pass takes at most, unless the user says otherwise
+SCORE_ROWS = 256  # ops.attention.QUERY_ROWS
 
 # Matrices stay in the type of the run; what is small and sensitive stays in float32, as the checkpoints have it.
 FLOAT32_ROLES = ("e_score_correction_bias",)
@@ -65,6 +67,8 @@ class _Builder:
             active_parameters=count.active,
             hidden_bytes_per_token=self.row,
             max_positions=spec.max_positions,
+            score_rows=SCORE_ROWS,
+            prefill_chunk=PREFILL_CHUNK,
             **self._working_bytes(),
         )
 
@@ -197,17 +201,25 @@ class _Builder:
                 experts_per_token,
                 (),
                 kv,
-            )  # fmt: skip
+            )
         )
         return name
 
     def _working_bytes(self) -> dict[str, float]:
-        """Temporaries of the torch path: the widest MLP, attention scores in float32, float32 logits."""
-        spec = self.spec
+        """Temporaries of the torch path: the widest MLP, attention, float32 logits.
+
+        MLA's prefill expands the latents of a whole context to keys and values, of which torch's attention makes
+        float32 copies, and holds scores and their softmax (checked against the growth of a process: within 10 %)."""
+        spec, heads, mla = self.spec, self.spec.num_heads, self.spec.mla
         width = max(spec.intermediate_size, spec.moe.intermediate_size * spec.moe.experts_per_token if spec.moe else 0)
-        head = spec.mla.qk_dim + spec.mla.nope_dim + 2 * spec.mla.value_dim if spec.mla else 3 * spec.head_dim
+        head = mla.qk_dim + mla.nope_dim + 2 * mla.value_dim if mla else 3 * spec.head_dim
+        expanded = 0.0
+        if mla:
+            copies = mla.qk_dim if self.size == 4 else 2 * mla.qk_dim + mla.value_dim
+            expanded = heads * ((mla.nope_dim + mla.value_dim + mla.qk_dim) * self.size + copies * 4.0)
         return {
-            "working_bytes_per_token": self.size * (3.0 * width + 6.0 * spec.hidden_size + spec.num_heads * head),
-            "working_bytes_per_pair": 4.0 * spec.num_heads,
+            "working_bytes_per_token": self.size * (3.0 * width + 6.0 * spec.hidden_size + heads * head),
+            "working_bytes_per_position": expanded,
+            "working_bytes_per_pair": (8.0 if mla else 4.0) * heads,
             "working_bytes_per_sequence": 4.0 * spec.vocab_size * 3,
         }

@@ -1,0 +1,72 @@
+"""What a schedule needs on each device, and whether that is there: weights, KV cache, working memory.
+Counts pages of the graph, not the sizes that a schedule file states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ciuic_runtime.devices.errors import OutOfMemory
+from ciuic_runtime.devices.spec import DeviceSpec
+from ciuic_runtime.devices.units import format_bytes
+from ciuic_runtime.schedulers.graph import TaskGraph
+from ciuic_runtime.schedulers.workload import Workload
+
+if TYPE_CHECKING:
+    from ciuic_runtime.schedulers.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes on one device."""
+
+    weights: int
+    cache: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.working
+
+
+def capacity(device: DeviceSpec) -> int:
+    """Bytes that a plan may use: what this process may have at all, and of that what is free."""
+    free = device.memory_free_bytes
+    return device.memory_bytes if free is None else min(free, device.memory_bytes)
+
+
+def memory_need(schedule: Schedule, graph: TaskGraph, workload: Workload) -> dict[str, Need]:
+    """By device: every page once, the cache of the whole workload, and working memory where anything is computed."""
+    weights = dict.fromkeys(schedule.devices_used(), 0)
+    cache = dict.fromkeys(weights, 0.0)
+    held = {(page.name, schedule.rows[row].home): page.nbytes for row, page in graph.rows.items()}
+    for (_, device), nbytes in held.items():
+        weights[device] = weights.get(device, 0) + nbytes
+    for task in graph:
+        if task.kv_bytes_per_token:
+            cache[schedule.device_of(task.name)] += task.kv_bytes_per_token * workload.cache_tokens
+    working = int(graph.working_bytes(workload.batch, workload.prompt_tokens, workload.context))
+    return {name: Need(nbytes, int(cache.get(name, 0)), working) for name, nbytes in weights.items()}
+
+
+def check_memory(schedule: Schedule, graph: TaskGraph, workload: Workload) -> None:
+    """Raises OutOfMemory, with the figures, for the device that lacks most."""
+    lacking = [
+        (need.total - capacity(schedule.topology.device(name)), name, need)
+        for name, need in memory_need(schedule, graph, workload).items()
+    ]
+    worst, name, need = max(lacking, key=lambda one: one[0])
+    if worst > 0:
+        room = capacity(schedule.topology.device(name))
+        raise OutOfMemory(_does_not_fit(graph, workload, name, need, room), need=need.total, capacity=room)
+
+
+def _does_not_fit(graph: TaskGraph, workload: Workload, device: str, need: Need, room: int) -> str:
+    what = (
+        f"{graph.name} needs {format_bytes(need.total)} on {device}, where {format_bytes(room)} can be used "
+        f"({format_bytes(need.weights)} weights in {graph.format}, {format_bytes(need.cache)} cache and "
+        f"{format_bytes(need.working)} working memory for {workload.batch} x {workload.context} tokens)"
+    )
+    if need.weights < room:
+        return f"{what}; try a shorter context, a smaller batch, or more memory (--memory {device}=...)"
+    return f"{what}; try a smaller model, more memory, or part of it on another device"

@@ -1,0 +1,59 @@
+"""What a schedule is forecast to do: rates and memory, from simulated passes.
+Knows no other plan; which is best is the scheduler's business."""
+
+from __future__ import annotations
+
+from ciuic_runtime.schedulers.assignment import Prediction
+from ciuic_runtime.schedulers.cost import CostModel
+from ciuic_runtime.schedulers.graph import Step, TaskGraph
+from ciuic_runtime.schedulers.memory import memory_need
+from ciuic_runtime.schedulers.schedule import Schedule
+from ciuic_runtime.schedulers.simulate import num_prefill_steps, prefill_step, simulate
+from ciuic_runtime.schedulers.trace import Trace
+from ciuic_runtime.schedulers.workload import Workload
+
+# Prompts of more passes than this are forecast from so many of them, evenly spaced: a pass's time is close to linear
+# in where it starts.
+PASSES = 32
+
+
+def predict(schedule: Schedule, graph: TaskGraph, cost: CostModel) -> Prediction:
+    work = schedule.workload
+    prefill = simulate(schedule, graph, cost, _prefill_steps(graph, work))
+    decode = simulate(schedule, graph, cost, [work.mean_decode])
+    prefill_rate, decode_rate = prefill.tokens_per_s("prefill"), decode.tokens_per_s("decode")
+    assert prefill_rate is not None, f"{schedule.policy}: {prefill.steps} take no time"
+    assert decode_rate is not None, f"{schedule.policy}: {decode.steps} take no time"
+    error = cost.calibration.model_error
+    return Prediction(
+        first_token_s=work.batch * work.prompt_tokens / prefill_rate,
+        prefill_tokens_per_s=prefill_rate,
+        decode_tokens_per_s=decode_rate,
+        range=(decode_rate / (1 + error), decode_rate * (1 + error)),
+        bound_by=_binding(decode, graph, cost, work.mean_decode),
+        memory_bytes={name: need.total for name, need in memory_need(schedule, graph, work).items()},
+        basis=cost.basis(set(schedule.devices_used())),
+        seconds_per_token={
+            "prefill": {k: s / prefill.tokens("prefill") for k, s in prefill.seconds_by_kind("prefill").items()},
+            "decode": {k: s / decode.tokens("decode") for k, s in decode.seconds_by_kind("decode").items()},
+        },
+    )
+
+
+def _prefill_steps(graph: TaskGraph, work: Workload) -> list[Step]:
+    total = num_prefill_steps(graph, work)
+    count = min(total, PASSES)
+    return [prefill_step(graph, work, (2 * i + 1) * total // (2 * count)) for i in range(count)]
+
+
+def _binding(decode: Trace, graph: TaskGraph, cost: CostModel, step: Step) -> str:
+    """The resource that the decode step spends most of its time on."""
+    spent: dict[str, float] = {}
+    for event in decode.events:
+        if event.kind == "copy":
+            what = f"link {event.lane}"
+        else:
+            bound = cost.task(graph.by_name[event.task], cost.topology.device(event.lane), step).bound_by
+            what = f"{bound} of {event.lane}"
+        spent[what] = spent.get(what, 0.0) + event.seconds
+    return max(spent, key=lambda what: spent[what])
