@@ -40,6 +40,11 @@ class Limits:
     def measured(self) -> bool:
         return self.memory_bandwidth is not None or bool(self.matrix_rates)
 
+    @property
+    def spread(self) -> float:
+        """The largest relative interquartile range among the figures."""
+        return max((float(v) for k, v in self.facts.items() if k.startswith("spread_")), default=0.0)
+
     def on(self, spec: DeviceSpec) -> DeviceSpec:
         """The device with these rates; what was not measured stays as it was."""
         known = {k: getattr(self, k) for k in _RATES if getattr(self, k)}

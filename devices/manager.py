@@ -3,6 +3,7 @@ Puts together what the files beside this one find and measure; decides nothing a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
@@ -24,6 +25,10 @@ MODES = ("cached", "never", "fresh")
 COMPUTE_SECONDS = 6.0  # for all devices that compute together, loading torch included
 DISK_SECONDS = 1.5  # 7.5 s together, so that a busy machine stays below 10
 
+NOISY = 0.3  # relative interquartile range
+NOISE = "the figures of %s vary by %.0f %%: was the machine busy? measure='fresh' measures again"
+
+log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 
 
@@ -99,6 +104,8 @@ def _cached(spec: DeviceSpec, measure: Callable[[DeviceSpec], Limits], fresh: bo
         found = measure(spec)
         if found.measured:
             limits.store(key, found)
+        if found.spread > NOISY:
+            log.warning(NOISE, spec.name, 100 * found.spread)
     return found.on(spec)
 
 

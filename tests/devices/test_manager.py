@@ -87,6 +87,14 @@ def test_a_disk_that_was_not_measured_says_why_and_is_tried_again(measuring: Mea
     assert measuring.devices.count("disk") == 2
 
 
+def test_figures_of_a_busy_machine_are_said_to_vary(measuring: Measuring, caplog: pytest.LogCaptureFixture) -> None:
+    DeviceManager()
+    assert "vary" not in caplog.text
+    measuring.disk = replace(measuring.disk, facts={"spread_read": 0.1, "spread_other": 0.45})
+    DeviceManager(measure="fresh")
+    assert "the figures of disk vary by 45 %" in caplog.text
+
+
 def test_what_cannot_be_used_is_not_measured(measuring: Measuring, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager, "discover_gpus", lambda cpus: ([LOST], []))
     devices = DeviceManager()
