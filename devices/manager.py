@@ -22,8 +22,8 @@ from ciuic_runtime.devices.toml import read_topology, topology_to_toml
 
 KINDS: tuple[str, ...] = get_args(Kind)
 MODES = ("cached", "never", "fresh")
-COMPUTE_SECONDS = 6.0  # for all devices that compute together, loading torch included
-DISK_SECONDS = 1.5  # 7.5 s together, so that a busy machine stays below 10
+COMPUTE_SECONDS = 5.0  # for all devices that compute together, loading torch included
+DISK_SECONDS = 1.5  # 6.5 s together, so that a busy machine stays below 10
 
 NOISY = 0.3  # relative interquartile range
 NOISE = "the figures of %s vary by %.0f %%: was the machine busy? measure='fresh' measures again"

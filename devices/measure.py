@@ -82,12 +82,13 @@ def matrix_rates(backend: Backend, seconds: float) -> tuple[dict[str, float], di
 
 
 def _large_product(backend: Backend, dtype: str, seconds: float) -> tuple[int, Callable[[], object]]:
-    """The largest of some sizes whose product takes at most about that long."""
+    """The largest of some sizes whose product takes about that long at most; small ones only where all are slow."""
     size, product = 256, _product(backend, dtype, 256)
     for larger in (512, 1024, 2048, 4096):
         _timed(backend, product)  # the first call chooses and prepares a kernel
-        quickest = min(_timed(backend, product) for _ in range(3))  # on a busy machine threads wait for each other
-        if quickest * (larger / size) ** 3 > seconds:
+        quickest = min(_timed(backend, product) for _ in range(3 if size < 1024 else 1))
+        # On a busy machine threads wait for each other, which says nothing about larger sizes: go on to 1024.
+        if quickest * (larger / size) ** 3 > (max(seconds, 0.3) if larger <= 1024 else seconds):
             break
         size, product = larger, _product(backend, dtype, larger)
     return size, product
