@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2.utils import Namespace
 
-MAX_SIZE = 1 << 24  # characters of one value, an entry of a list counting as ENTRY of them
-ENTRY = 16
+MAX_SIZE = 1 << 23  # characters of one value, an entry of a list counting as ENTRY of them
+ENTRY = 64
 MAX_NUMBER = 10_000  # as an argument that sets a width, a count or a precision
 MAX_BITS = 1 << 16  # of a whole number
 Views = (ItemsView, KeysView, ValuesView)

@@ -27,8 +27,8 @@ from jinja2.visitor import NodeTransformer
 
 from ciuic_runtime.models import chat_bounds as bounds
 
-MAX_STEPS = 1_000_000  # loop rounds, calls, operators, filters
-MAX_SECONDS = 10.0  # looked at in every step; a step itself is bounded by the size of values
+MAX_STEPS = 250_000  # loop rounds, calls, operators, filters
+MAX_SECONDS = 5.0  # looked at in every step; a step itself is bounded by the size of values
 
 
 def _names(text: str) -> frozenset[str]:
@@ -131,6 +131,18 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         bounds.check_operator(operator, left, right)
         return BUDGET.get().value(super().call_binop(context, operator, left, right))
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        return self._not_internal(obj, attribute, super().getattr(obj, attribute))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return self._not_internal(obj, argument, super().getitem(obj, argument))
+
+    def _not_internal(self, obj: Any, name: Any, found: Any) -> Any:
+        """jinja2 takes an internal attribute that is not there for an undefined one, and shows nothing."""
+        if isinstance(found, Undefined) and isinstance(name, str) and name.startswith("__"):
+            raise SecurityError(f"reaches for the attribute {name!r} of {type(obj).__name__}, which is not allowed")
+        return found
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         raise SecurityError(f"reaches for the attribute {attribute!r} of {type(obj).__name__}, which is not allowed")

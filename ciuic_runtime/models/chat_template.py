@@ -24,7 +24,7 @@ from ciuic_runtime.models.config_fields import show
 
 MAX_SOURCE = 128 * 1024  # characters of a template; the longest published ones have about 20 thousand
 MAX_DEPTH = 64  # of nested lists and objects in messages and variables
-_BASE_UNITS = 1 << 28  # characters handled over a whole rendering, and so many times those of the conversation:
+_BASE_UNITS = 1 << 27  # characters handled over a whole rendering, and so many times those of the conversation:
 _UNITS_PER_CHARACTER = 256
 _ADVICE = "give the whole prompt as text instead, or another template"
 
