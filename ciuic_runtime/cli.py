@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput
+from ciuic_runtime.devices.files import check_can_write
 from ciuic_runtime.devices.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -175,6 +176,8 @@ def run(
     from ciuic_runtime.report import run_report
     from ciuic_runtime.show import run_summary
 
+    if trace:
+        check_can_write(trace)
     if stages != 1:
         raise InvalidInput(f"--stages {stages}: this version runs one local stage; clusters are not in it yet")
     params = ciuic.SamplingParams(

@@ -6,13 +6,11 @@ python examples/own_policy.py
 from pathlib import Path
 
 import ciuic_runtime as ciuic
-from ciuic_runtime.schedulers.schedule import ScheduleDraft
+from ciuic_runtime.schedulers import ScheduleDraft
 
 
 @ciuic.policy("attention on the fastest")
-def attention_on_the_fastest(
-    graph: ciuic.TaskGraph, topology: ciuic.Topology, cost: ciuic.CostModel
-) -> ciuic.Schedule:
+def attention_on_the_fastest(graph: ciuic.TaskGraph, topology: ciuic.Topology, cost: ciuic.CostModel) -> ciuic.Schedule:
     """Attention and what is small goes to the fastest device, routed experts to the one with the most memory."""
     fastest = max(topology.compute_devices, key=cost.bandwidth).name
     largest = max(topology.compute_devices, key=lambda d: d.memory_bytes).name

