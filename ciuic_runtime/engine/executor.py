@@ -85,10 +85,9 @@ class LocalExecutor:
         program = []
         for task in self.graph:
             device = self.schedule.device_of(task.name)
-            instruction = _Instruction(
-                task, device, self.backends[device], self.recorder.number(task.name), self.recorder.number(device), None,
-                last_use=tuple(name for name in task.after if last[name] == task.name),
-            )  # fmt: skip
+            number, lane = self.recorder.number(task.name), self.recorder.number(device)
+            last_use = tuple(name for name in task.after if last[name] == task.name)
+            instruction = _Instruction(task, device, self.backends[device], number, lane, None, last_use=last_use)
             if task.num_experts:
                 for e, home in enumerate(self.schedule.expert_devices(task)):
                     weights = self._load(task.pages[e].name, home, tensors)

@@ -61,7 +61,7 @@ class Recorder:
                 steps[r["step"]][0],
                 cast(EventKind, _KINDS[r["kind"]]),
                 int(r["nbytes"]),
-            )  # fmt: skip
+            )
             for r in self._rows[: self._used]
             if r["step"] < len(steps)  # an interrupted step is left out
         )

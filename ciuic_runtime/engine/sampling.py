@@ -42,9 +42,8 @@ class SamplingParams:
 
 def sample(logits: torch.Tensor, params: SamplingParams, history: Sequence[int], seed: int, position: int) -> int:
     """One token from logits float32 [vocab]. `history` is prompt and output so far, for the repetition penalty."""
-    if not torch.isfinite(logits).all():
-        if torch.isnan(logits).any() or torch.isposinf(logits).any():
-            raise FloatingPointError("the model produced NaN or infinite logits; its weights or activations overflow")
+    if not torch.isfinite(logits.max()):  # NaN, or infinite where it counts; the maximum is NaN where anything is
+        raise FloatingPointError("the model produced NaN or infinite logits; its weights or activations overflow")
     if params.repetition_penalty != 1.0 and history:
         logits = _penalised(logits, params.repetition_penalty, history)
     if params.temperature == 0:
@@ -95,6 +94,5 @@ def _whole(name: str, value: object, low: int, high: int) -> None:
 def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
     if not good or (open_low and value == low):
-        raise InvalidInput(
-            f"{name} is {value!r}; it must be a number {'above' if open_low else 'from'} {low} {'up ' if open_low else ''}to {high}"
-        )
+        least = f"above {low} and at most" if open_low else f"from {low} to"
+        raise InvalidInput(f"{name} is {value!r}; it must be a number {least} {high}")

@@ -65,9 +65,7 @@ class KVCache:
     def read(self, layer: int, blocks: tuple[int, ...], length: int) -> torch.Tensor:
         """The first `length` entries of a sequence, [length, values]; a view where its blocks are neighbours."""
         rows = self._layers[layer]
-        if blocks[-1] - blocks[0] == len(blocks) - 1 and all(
-            b - a == 1 for a, b in zip(blocks, blocks[1:], strict=False)
-        ):
+        if blocks == tuple(range(blocks[0], blocks[0] + len(blocks))):
             first = blocks[0] * BLOCK_TOKENS
             return rows[first : first + length]
         table = torch.tensor(blocks, device=rows.device)

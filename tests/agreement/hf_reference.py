@@ -78,7 +78,8 @@ GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
 CASES = [
     Case("v3", V3 | yarn(1.0, 1.0)),
     Case("v3-shards", V3 | yarn(1.0, 0.7, factor=40.0), "bfloat16", 3),
-    Case("v3-direct-queries", V3 | {"q_lora_rank": None, "norm_topk_prob": False, "attention_bias": True}, "float16", 2),
+    Case("v3-direct-queries", V3 | {"q_lora_rank": None, "norm_topk_prob": False}, "float16", 2),
+    Case("v3-biases", V3 | yarn(1.0, 1.0) | {"attention_bias": True}),
     Case("v3-one-group", V3 | yarn() | {"n_group": 1, "topk_group": 1, "n_shared_experts": 2, "rms_norm_eps": 1e-5}),
     Case("v3-tied", V3 | {"tie_word_embeddings": True, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0}),
     Case("v3-dense", V3 | {"first_k_dense_replace": 3}),

@@ -1,4 +1,4 @@
-"""deepseek_v2 with norm_topk_prob: transformers ignores the field, so its router is replaced by the written-out formula."""
+"""deepseek_v2 with norm_topk_prob: transformers ignores the field, so the formula takes its router's place."""
 
 from __future__ import annotations
 
