@@ -21,6 +21,7 @@ from ciuic_runtime.models.tensors import TensorSpec, tensors
 _Type = gguf.GGMLQuantizationType
 _PLAIN = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
 _CHUNK = 1 << 22  # values dequantised at a time: bounds the float32 copy beside the result
+_ROW = 2048  # values; the gguf package works on 16 rows at a time, and narrow ones take it twice as long
 
 
 def read_gguf_spec(path: str | Path) -> ModelSpec:
@@ -115,8 +116,10 @@ def _can_dequantise(kind: int) -> bool:
 def _dequantise(
     raw: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], kind: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:
-    """In blocks of rows, so that no float32 copy of the whole exists beside a half-precision result."""
-    rows, width = prod(shape[:-1]), shape[-1]
+    """Piece by piece, so that no float32 copy of the whole exists beside a half-precision result."""
+    count = prod(shape)
+    width = shape[-1] if count % _ROW else _ROW  # a multiple of every block size; rows mean nothing to blocks
+    rows = count // width
     raw = raw.reshape(rows, -1)
     result = torch.empty((rows, width), dtype=dtype)
     step = max(1, _CHUNK // width)
