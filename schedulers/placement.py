@@ -156,7 +156,7 @@ def _fill(rule: Rule, rows: list[str], devices: list[str], draft: ScheduleDraft)
             left = ", ".join(f"{format_bytes(max(draft.room[d], 0))} on {d}" for d in devices)
             raise OutOfMemory(
                 f"placement rule '{rule}' cannot fit: {row} needs {format_bytes(draft.row_need(row, devices[-1]))} "
-                f"with its cache, and beside working memory {left} is left; name more devices or fewer tasks"
+                f"with its cache; beside working memory there is left {left}; name more devices or fewer tasks"
             )
         draft.put(row, devices[at])
 

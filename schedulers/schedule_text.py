@@ -19,8 +19,8 @@ WIDTH = 100
 def schedule_text(schedule: Schedule) -> str:
     model = schedule.model
     lines = [
-        f"{model.name} in {model.format}: {model.parameters / 1e9:.4g} B parameters, "
-        f"{model.active_parameters / 1e9:.4g} B active per token",
+        f"{model.name} in {model.format}: {_count(model.parameters)} parameters, "
+        f"{_count(model.active_parameters)} active per token",
         f"plan: {schedule.policy}; goal {schedule.goal}, {schedule.workload}",
         "",
         *_devices(schedule),
@@ -96,8 +96,18 @@ def _computes(schedule: Schedule, device: str) -> str:
     partly = [n for n, devices in layers.items() if device in devices and len(devices) > 1]
     said = [f"layers {_ranges(whole)}"] if whole else []
     said += [f"part of layers {_ranges(partly)}"] if partly else []
-    counted = f" ({experts} experts)" if experts else ""
+    counted = f" ({experts} expert{'s' * (experts > 1)})" if experts else ""
     return ", ".join([*others, ", ".join(said) + counted] if said else others) or "nothing"
+
+
+def _count(number: int) -> str:
+    """671026404352 -> "671 B" """
+    value = float(number)
+    for unit in ("", " k", " M"):
+        if value < 1000:
+            return f"{value:.4g}{unit}"
+        value /= 1000
+    return f"{value:.4g} B"
 
 
 def _ranges(numbers: Iterable[int]) -> str:
