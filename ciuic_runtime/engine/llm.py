@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -115,7 +115,7 @@ class LLM:
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[tuple[str, RequestOutput]]:
+    ) -> Generator[tuple[str, RequestOutput], None, None]:
         """Yields (new text, output so far) each time a prompt gets a token; left early, it frees what it held."""
         self._check_idle()
         requests = self._requests(prompts, params)

@@ -45,8 +45,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device == self.token_ids.device:
             return self
-        moved = (t.to(device) for t in (self.token_ids, self.positions, self.slots))
-        return Batch(*moved, self.sequences, self.sampled_rows.to(device))
+        ids, positions, slots = self.token_ids.to(device), self.positions.to(device), self.slots.to(device)
+        return Batch(ids, positions, slots, self.sequences, self.sampled_rows.to(device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def experts(
     """Fills rows [tokens x k, hidden] for every (token, k) whose expert is in `weights`; leaves the others alone."""
     k = ids.shape[1]
     flat = ids.flatten()
-    for expert in flat.unique().tolist():
+    for expert in torch.unique(flat).tolist():
         if expert in weights:
             where = (flat == expert).nonzero().flatten()
             rows[where] = swiglu(x[where // k], weights[expert])

@@ -18,11 +18,11 @@ def kernels() -> ModuleType | None:
         log.warning("running with the torch reference operators only (CIUIC_KERNELS=reference)")
         return None
     try:
-        from ciuic_runtime.ops import _kernels
+        import ciuic_runtime.ops._kernels as found
     except ImportError:
         log.warning(
             "running without native kernels: they were not built (no C++ compiler at install time); "
             "results are the same, some operators are slower"
         )
         return None
-    return _kernels
+    return found

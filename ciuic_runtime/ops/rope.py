@@ -32,7 +32,7 @@ def rope_frequencies(rope: RopeSpec) -> tuple[torch.Tensor, float]:
 
 def softmax_scale(rope: RopeSpec, qk_dim: int) -> float:
     """1 / sqrt(d), times YaRN's mscale_all_dim squared, as DeepSeek trains it."""
-    scale = qk_dim**-0.5
+    scale: float = qk_dim**-0.5
     if rope.kind == "yarn" and rope.mscale_all_dim:
         scale *= yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2
     return scale
