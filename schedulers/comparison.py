@@ -45,7 +45,7 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        lines = [f"{'':24}{'forecast':>12}{'actual':>12}{'actual/forecast':>18}"]
+        lines = [f"{'':34}{'forecast':>12}{'actual':>12}{'actual/forecast':>18}"]
         lines.append(_line("prefill tokens/s", self.prefill_tokens_per_s, 1))
         lines.append(_line("decode tokens/s", self.decode_tokens_per_s, 1))
         for phase, kinds in self.seconds_per_token.items():
@@ -74,4 +74,4 @@ def _by_kind(trace: Trace, schedule: Schedule, phase: Phase) -> dict[str, Compar
 def _line(name: str, c: Compared, scale: float) -> str:
     cells = [f"{value * scale:.4g}" if value is not None else "-" for value in (c.forecast, c.actual)]
     ratio = f"{1 + c.error:.2f}" if c.error is not None else "-"
-    return f"{name:24}{cells[0]:>12}{cells[1]:>12}{ratio:>18}"
+    return f"{name:34}{cells[0]:>12}{cells[1]:>12}{ratio:>18}"

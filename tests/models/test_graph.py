@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from ciuic_runtime.devices.spec import DeviceSpec, Topology
-from ciuic_runtime.schedulers.cost import CostModel
-from ciuic_runtime.schedulers.graph import Page, Step, Task, TaskGraph, Work
 
+from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.models.config import load_spec, read_config
 from ciuic_runtime.models.graph import PREFILL_CHUNK, SCORE_ROWS, build_graph
 from ciuic_runtime.models.tensors import tensors
+from ciuic_runtime.schedulers.cost import CostModel
+from ciuic_runtime.schedulers.graph import Page, Step, Task, TaskGraph, Work
 
 TINY = {
     "model_type": "llama", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,

@@ -82,6 +82,12 @@ def test_by_order_fills_one_device_after_the_other() -> None:
     assert list(found.values()) == ["cuda:0"] * 5 + ["cpu"] * 11
 
 
+def test_order_passes_over_devices_without_room() -> None:
+    small = [device(name, memory=4096) for name in ("cuda:0", "cuda:1")]
+    found = put("head", ["cuda:0", "cuda:1", "cpu"]).resolve(MODEL, machine(*small, device("cpu")), SMALL)
+    assert found == {"head": "cpu"}
+
+
 def test_order_does_not_go_back_to_a_full_device() -> None:
     """A small norm after the first page that did not fit follows it, and no value crosses for it."""
     rows = ["layers.0.attention_norm", "layers.0.attention"]

@@ -112,7 +112,7 @@ def test_tied_embeddings_apart_are_held_twice() -> None:
     apart = schedule_of(tied, CPU_AND_GPU, WORK, dict.fromkeys(tied.rows, "cpu") | {"head": "cuda:0"}, "")
     assert together.rows["head"].nbytes == 0
     assert apart.rows["head"].nbytes == 320 * 64 * 2
-    assert sum(together.weight_bytes().values()) == tied.nbytes
+    assert sum(together.weight_bytes().values()) == tied.nbytes == memory_need(together, tied, WORK)["cpu"].weights
     assert sum(n.weights for n in memory_need(apart, tied, WORK).values()) == tied.nbytes + 320 * 64 * 2
 
 
@@ -190,6 +190,11 @@ def test_text_names_what_is_where() -> None:
     noted = str(replace(by_hand(), notes=("a long remark " * 20,)))
     assert noted.count("long") == 20
     assert max(map(len, noted.splitlines())) <= 100
+
+
+def test_text_shows_budgets() -> None:
+    text = str(TaskScheduler(CPU_AND_GPU, memory={"cuda:0": "300MiB"}, workload=WORK).schedule(MODEL))
+    assert "300 MiB" in next(line for line in text.splitlines() if line.startswith("cuda:0"))
 
 
 def test_text_of_a_device_that_is_not_usable() -> None:
