@@ -100,13 +100,19 @@ def _llama3_factors(frequencies: Array, factor: float, low: float, high: float) 
 
 
 def _fitted_bounds(frequencies: Array, factors: Array, factor: float) -> list[tuple[float, float]]:
-    """Low and high from the straight line on which the factors between the two bounds lie."""
+    """Low and high from the straight line on which the factors between the two bounds lie; also with the first of the
+    largest ones on it, which it is where no frequency is low enough to be divided by the whole factor."""
+    smooth = (1 / factors - 1 / factor) / (1 - 1 / factor)
+    turns = _LLAMA3_LENGTH * frequencies / (2 * math.pi)
     between = (factors > 1.0001) & (factors < factor * 0.9999)
-    if factor <= 1 or between.sum() < 2:
-        return []
-    smooth = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
-    slope, intercept = np.polyfit(_LLAMA3_LENGTH * frequencies[between] / (2 * math.pi), smooth, 1)
-    if slope <= 0:
-        return []
-    low, high = float(-intercept / slope), float((1 - intercept) / slope)
-    return [(round(low, 3), round(high, 3)), (low, high)]
+    with_first = between.copy()
+    with_first[np.argmax(factors >= factor * 0.9999)] = True
+    bounds: list[tuple[float, float]] = []
+    for on_line in (between, with_first):
+        if on_line.sum() < 2:
+            continue
+        slope, intercept = np.polyfit(turns[on_line], smooth[on_line], 1)
+        if slope > 0:
+            low, high = float(-intercept / slope), float((1 - intercept) / slope)
+            bounds += [(round(low, 3), round(high, 3)), (low, high)]
+    return bounds

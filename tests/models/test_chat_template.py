@@ -6,10 +6,10 @@ import tracemalloc
 from typing import Any
 
 import pytest
-from ciuic_runtime.devices.errors import InvalidInput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models import chat_sandbox
 from ciuic_runtime.models.chat_bounds import MAX_SIZE
 from ciuic_runtime.models.chat_template import MAX_SOURCE, render_chat

@@ -10,8 +10,8 @@ import gguf_writer as writer
 import numpy as np
 import pytest
 import torch
-from ciuic_runtime.devices.errors import InvalidInput
 
+from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models.checkpoint import open_checkpoint
 from ciuic_runtime.models.config import read_config
 from ciuic_runtime.models.gguf_checkpoint import GgufCheckpoint, read_gguf_spec

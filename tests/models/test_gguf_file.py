@@ -11,10 +11,10 @@ import gguf
 import gguf_writer as writer
 import numpy as np
 import pytest
-from ciuic_runtime.devices.errors import InvalidInput
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models.config import read_config
 from ciuic_runtime.models.gguf_checkpoint import GgufCheckpoint
 from ciuic_runtime.models.gguf_file import GgufFile, StringArray

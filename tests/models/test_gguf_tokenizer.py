@@ -9,10 +9,10 @@ from pathlib import Path
 import gguf
 import gguf_writer as writer
 import pytest
-from ciuic_runtime.devices.errors import InvalidInput
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models.gguf_pretokenizers import PRE_TOKENIZERS
 from ciuic_runtime.models.tokenizer import Tokenizer, load_tokenizer
 
