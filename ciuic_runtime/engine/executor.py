@@ -72,9 +72,13 @@ class LocalExecutor:
         """Runs one pass; logits of the sampled rows, float32 [sampled, vocab] on the host."""
         begin = time.perf_counter()
         run = _Run(self, batch)
-        for instruction in self._program:
-            run.execute(instruction)
-        logits = run.host_value("head")
+        try:
+            for instruction in self._program:
+                run.execute(instruction)
+            logits = run.host_value("head")
+        except BaseException:
+            self.recorder.abandon_step()
+            raise
         self.recorder.end_step(phase, batch.num_tokens, len(batch.sequences), begin)
         return logits
 
@@ -191,8 +195,13 @@ class _Run:
         return self.passes[device]
 
     def host_value(self, name: str) -> torch.Tensor:
-        value: torch.Tensor = self.values[name, self.x.schedule.device_of(name)]
-        return value.cpu()
+        """A task's value in host memory; the way there is a copy like any other."""
+        device = self.x.schedule.device_of(name)
+        value: torch.Tensor = self.values[name, device]
+        host = next((n for n, backend in self.x.backends.items() if backend.host_memory), None)
+        if self.x.backends[device].host_memory or host is None:
+            return value.cpu()
+        return self._move(self.x.recorder.number(name), value, device, host)
 
 
 def _rows_of(ids: torch.Tensor, mine: Mapping[int, Weights]) -> torch.Tensor:

@@ -23,7 +23,7 @@ class Recorder:
 
     def __init__(self, capacity: int = 1 << 14) -> None:
         self._rows = np.zeros(capacity, _COLUMNS)
-        self._used = 0
+        self._used = self._ended = 0  # rows in use, and those of them that belong to finished steps
         self._names: dict[str, int] = {}
         self._steps: list[tuple[Phase, int, int, float, float]] = []
         self.begin = time.perf_counter()
@@ -41,10 +41,15 @@ class Recorder:
 
     def end_step(self, phase: Phase, tokens: int, sequences: int, start: float) -> None:
         self._steps.append((phase, tokens, sequences, start, time.perf_counter()))
+        self._ended = self._used
+
+    def abandon_step(self) -> None:
+        """Forgets the events of a step that did not come to its end."""
+        self._used = self._ended
 
     def clear(self) -> None:
         """Forgets what was recorded; names keep their numbers."""
-        self._used = 0
+        self._used = self._ended = 0
         self._steps.clear()
         self.begin = time.perf_counter()
 
@@ -62,8 +67,7 @@ class Recorder:
                 cast(EventKind, _KINDS[r["kind"]]),
                 int(r["nbytes"]),
             )
-            for r in self._rows[: self._used]
-            if r["step"] < len(steps)  # an interrupted step is left out
+            for r in self._rows[: self._ended]
         )
         infos = tuple(StepInfo(p, t, s, a - begin, b - begin) for p, t, s, a, b in steps)
         return Trace(events, infos, "measured", tuple(devices), tuple(notes))
