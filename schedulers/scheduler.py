@@ -181,12 +181,22 @@ def _score(schedule: Schedule, graph: TaskGraph, cost: CostModel, trivial: bool)
     return _Scored(schedule, predict(schedule, graph, cost), trivial, why_not)
 
 
+def _nothing_fits(scored: Sequence[_Scored]) -> str:
+    """One line: the only reason, or what all plans have in common and the one that lacks least."""
+    if len({one.why_not for one in scored}) == 1:
+        return scored[0].why_not
+    topology = scored[0].schedule.topology
+    rooms = {d.name: capacity(d) for d in topology.compute_devices}
+    each = ", ".join(f"{format_bytes(room)} on {name}" for name, room in rooms.items())
+    nearest = min(scored, key=lambda one: sum(max(0, n - rooms[d]) for d, n in one.prediction.memory_bytes.items()))
+    return f"none of {len(scored)} plans fits in {each}; nearest is '{nearest.schedule.policy}': {nearest.why_not}"
+
+
 def _choose(scored: Sequence[_Scored], others: Sequence[Candidate], goal: Goal, error: float) -> Schedule:
     """The fastest trivial plan, unless another is forecast faster by more than the model may be wrong."""
     fitting = [one for one in scored if not one.why_not]
     if not fitting:
-        reasons = list(dict.fromkeys(one.why_not for one in scored))
-        raise OutOfMemory(reasons[0] if len(reasons) == 1 else f"no plan fits: {' | '.join(reasons)}")
+        raise OutOfMemory(_nothing_fits(scored))
     best = min(fitting, key=lambda one: one.seconds(goal))
     trivial = min((one for one in fitting if one.trivial), key=lambda one: one.seconds(goal), default=best)
     gain = trivial.seconds(goal) / best.seconds(goal) - 1
