@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from ciuic_runtime.schedulers.workload import Workload
 
 __version__ = "0.1.0"
+
+# torch's threads wait for each other in a busy loop by default. With one other busy process on the machine that makes
+# decoding ten times slower (benchmarks/results: thread waiting); asleep they cost microseconds. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {
     "CiuicError": "devices.errors",
