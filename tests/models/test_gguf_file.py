@@ -129,36 +129,54 @@ def test_garbage_is_refused(tmp_path: Path, body: bytes, counts: tuple[int, int]
 
 
 ABSURD = {
-    "empty": b"",
-    "magic": b"GGML" + bytes(40),
-    "version": header(0, 0, version=1),
-    "big endian": header(0, 0, version=3 << 24),
-    "tensor count": header(2**63, 0, bytes(100)),
-    "field count": header(0, 2**63, bytes(100)),
-    "key length": header(0, 1, struct.pack("<Q", 2**62) + bytes(100)),
-    "value length": header(0, 1, text("a") + struct.pack("<IQ", 8, 2**62) + bytes(100)),
-    "array length": header(0, 1, text("a") + struct.pack("<IIQ", 9, 4, 2**62) + bytes(100)),
-    "string array length": header(0, 1, text("a") + struct.pack("<IIQ", 9, 8, 2**61) + bytes(100)),
-    "string in array": header(0, 1, text("a") + struct.pack("<IIQQ", 9, 8, 1, 2**61) + bytes(100)),
-    "nested array": header(0, 1, text("a") + struct.pack("<IIQ", 9, 9, 1) + bytes(100)),
-    "value type": header(0, 1, text("a") + struct.pack("<I", 99) + bytes(100)),
-    "not UTF-8": header(0, 1, struct.pack("<Q", 2) + b"\xff\xfe" + bytes(100)),
-    "same key": header(0, 2, 2 * (text("a") + struct.pack("<II", 4, 1)) + bytes(100)),
-    "alignment": header(0, 1, text("general.alignment") + struct.pack("<II", 4, 3) + bytes(100)),
-    "dimensions": header(1, 0, text("a") + struct.pack("<I", 2**31) + bytes(100)),
-    "shape": header(1, 0, text("a") + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0) + bytes(100)),
-    "empty shape": header(1, 0, text("a") + struct.pack("<IQIQ", 1, 0, 0, 0) + bytes(100)),
-    "offset": header(1, 0, text("a") + struct.pack("<IQIQ", 1, 4, 0, 2**62) + bytes(100)),
-    "block": header(1, 0, text("a") + struct.pack("<IQIQ", 1, 33, 2, 0) + bytes(100)),
-    "overlap": header(2, 0, b"".join(text(n) + struct.pack("<IQIQ", 1, 8, 0, 0) for n in "ab") + bytes(200)),
+    "empty": (b"", "cannot be read"),
+    "magic": (b"GGML" + bytes(40), "begins with"),
+    "version": (header(0, 0, version=1), "of version 1"),
+    "big endian": (header(0, 0, version=3 << 24), "big-endian"),
+    "tensor count": (header(2**63, 0, bytes(100)), "claims 9223372036854775808 tensors"),
+    "field count": (header(0, 2**63, bytes(100)), "claims 9223372036854775808 fields"),
+    "key length": (header(0, 1, struct.pack("<Q", 2**62) + bytes(100)), "a key has a length"),
+    "value length": (header(0, 1, text("a") + struct.pack("<IQ", 8, 2**62) + bytes(100)), "a has a length"),
+    "array length": (header(0, 1, text("a") + struct.pack("<IIQ", 9, 4, 2**62) + bytes(100)), "a needs"),
+    "string array length": (
+        header(0, 1, text("a") + struct.pack("<IIQ", 9, 8, 2**61) + bytes(100)),
+        "claims 2305843009213693952 strings",
+    ),
+    "string in array": (header(0, 1, text("a") + struct.pack("<IIQQ", 9, 8, 1, 2**61) + bytes(100)), "past the end"),
+    "nested array": (header(0, 1, text("a") + struct.pack("<IIQ", 9, 9, 1) + bytes(100)), "unsupported type 9"),
+    "value type": (header(0, 1, text("a") + struct.pack("<I", 99) + bytes(100)), "unknown type 99"),
+    "not UTF-8": (header(0, 1, struct.pack("<Q", 2) + b"\xff\xfe" + bytes(100)), "not UTF-8"),
+    "same key": (header(0, 2, 2 * (text("a") + struct.pack("<II", 4, 1)) + bytes(100)), "occurs twice"),
+    "alignment": (
+        header(0, 1, text("general.alignment") + struct.pack("<II", 4, 3) + bytes(100)),
+        "not a power of two",
+    ),
+    "dimensions": (header(1, 0, text("a") + struct.pack("<I", 2**31) + bytes(100)), "dimensions"),
+    "shape": (header(1, 0, text("a") + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0) + bytes(100)), "cut short"),
+    "empty shape": (
+        header(1, 0, text("a") + struct.pack("<IQIQ", 1, 0, 0, 0) + bytes(100)),
+        "does not consist of blocks",
+    ),
+    "offset": (header(1, 0, text("a") + struct.pack("<IQIQ", 1, 4, 0, 2**62) + bytes(100)), "cut short"),
+    "block": (
+        header(1, 0, text("a") + struct.pack("<IQIQ", 1, 33, 2, 0) + bytes(100)),
+        "does not consist of blocks of 32",
+    ),
+    "overlap": (
+        header(2, 0, b"".join(text(n) + struct.pack("<IQIQ", 1, 8, 0, 0) for n in "ab") + bytes(200)),
+        "a and b overlap",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ABSURD)
 def test_absurd_headers_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
     path = tmp_path / "absurd.gguf"
-    path.write_bytes(ABSURD[name])
-    assert "absurd.gguf" in attempt(path)
+    content, reason = ABSURD[name]
+    path.write_bytes(content)
+    message = attempt(path)
+    assert "absurd.gguf" in message
+    assert reason in message
 
 
 def peak_while(path: Path) -> int:
@@ -173,7 +191,7 @@ def peak_while(path: Path) -> int:
 @pytest.mark.parametrize("name", ["tensor count", "field count", "array length", "string array length", "shape"])
 def test_a_claimed_size_allocates_nothing(tmp_path: Path, name: str) -> None:
     path = tmp_path / "absurd.gguf"
-    path.write_bytes(ABSURD[name])
+    path.write_bytes(ABSURD[name][0])
     assert peak_while(path) < 200_000
 
 
