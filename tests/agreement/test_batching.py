@@ -4,6 +4,7 @@ prompts all agree with one prefill in float32, and greedy tokens are the same.""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.engine.llm import LLM
 from ciuic_runtime.engine.queue import RequestQueue
 from ciuic_runtime.engine.sampling import SamplingParams
+from ciuic_runtime.models import forward
 from ciuic_runtime.models.batch import Chunk, make_batch
 
 Reader = Callable[[Case], Reference]
@@ -99,3 +101,24 @@ def test_logits_of_a_mixed_pass(made: Reference, here: Topology) -> None:
 def all_finished_and_freed(llm: LLM) -> bool:
     queue: RequestQueue = llm._queue
     return not queue.running and not queue.waiting and queue.blocks.num_free == queue.blocks.num_blocks
+
+
+def test_prompts_are_expanded_and_generated_tokens_absorbed(
+    reference: Reader, here: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forms differ in their bits, so which one computes a token is part of what is promised."""
+    made, calls = reference(SHOWN[0]), []
+    for form in ("mla_expanded", "mla_absorbed"):
+        original = getattr(forward, form)
+
+        def counted(q: torch.Tensor, *rest: torch.Tensor, form: str = form, original: Any = original) -> torch.Tensor:
+            calls.append((form, len(q)))
+            return original(q, *rest)
+
+        monkeypatch.setattr(forward, form, counted)
+    with open_llm(made.folder, here, prefill_chunk=40) as llm:
+        calls.clear()
+        llm.generate(made.prompt, SamplingParams(max_tokens=4, ignore_eos=True))
+    layers = made.case.config["num_hidden_layers"]
+    expected = [("mla_expanded", 40), ("mla_expanded", 24), *[("mla_absorbed", 1)] * 3]
+    assert calls == [call for call in expected for _ in range(layers)]
