@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+
 from ciuic_runtime.devices.backend import Backend, MemoryFault
 from ciuic_runtime.devices.backends import open_backend
 from ciuic_runtime.devices.errors import InvalidInput, OutOfMemory

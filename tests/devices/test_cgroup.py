@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from ciuic_runtime.devices.cgroup import CgroupLimits, read_limits
 
 GIB = 1 << 30

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from ciuic_runtime.devices.cgroup import CgroupLimits
 from ciuic_runtime.devices.cpu import discover_cpus, parse_cpu_list
 from ciuic_runtime.devices.spec import DeviceSpec

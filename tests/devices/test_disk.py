@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ciuic_runtime.devices import disk
 from ciuic_runtime.devices.disk import discover_disk, disk_fingerprint, measure_disk
 from ciuic_runtime.devices.errors import InvalidInput

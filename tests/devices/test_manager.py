@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from ciuic_runtime.devices import DeviceManager, DeviceSpec, InvalidInput, Link, Topology, manager
 from ciuic_runtime.devices.limits import Limits
 

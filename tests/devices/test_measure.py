@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from ciuic_runtime.devices import bandwidth, limits, measure
 from ciuic_runtime.devices.cpu import CpuBackend, discover_cpus
 from ciuic_runtime.devices.limits import Limits, load, spread, store

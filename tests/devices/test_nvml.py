@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pynvml
 import pytest
+
 from ciuic_runtime.devices.cuda import TorchGpus, discover_gpus
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.devices.nvml import driver_state, list_gpus
@@ -201,6 +202,7 @@ def test_direct_nvlinks_count_only_towards_their_peer(nvml: Nvml) -> None:
 
 def test_the_backend_says_that_there_is_no_such_gpu() -> None:
     import torch
+
     from ciuic_runtime.devices import open_backend
 
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from ciuic_runtime.devices import races
 from ciuic_runtime.devices.backend import Event, MemoryFault, RaceError
 from ciuic_runtime.devices.errors import InvalidInput

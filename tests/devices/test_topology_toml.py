@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.devices.manager import DeviceManager
 from ciuic_runtime.devices.spec import DeviceSpec, Link, Topology
 from ciuic_runtime.devices.toml import topology_from_toml, topology_to_toml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 rates = st.floats(1e6, 1e15)

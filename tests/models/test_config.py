@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ciuic_runtime.devices.errors import InvalidInput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models.config import known_names, load_spec, read_config
 from ciuic_runtime.models.spec import MlaSpec, ModelSpec, RopeSpec
 

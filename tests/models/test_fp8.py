@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ciuic_runtime.devices.errors import InvalidInput
 
+from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models.fp8 import dequantise, e4m3_to_float32, quantise, scale_shape
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from ciuic_runtime.devices.errors import InvalidInput
 from safetensors.torch import load_file
 
+from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models.random_checkpoint import write_random_checkpoint
 from ciuic_runtime.models.safetensors_checkpoint import SafetensorsCheckpoint
 from ciuic_runtime.models.tensors import count_parameters, tensors

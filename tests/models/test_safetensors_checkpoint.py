@@ -18,12 +18,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from ciuic_runtime.devices.errors import InvalidInput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models.checkpoint import open_checkpoint
 from ciuic_runtime.models.fp8 import dequantise
 from ciuic_runtime.models.random_checkpoint import write_random_checkpoint

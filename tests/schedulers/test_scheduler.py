@@ -152,7 +152,9 @@ def test_nothing_fits_gives_the_figures() -> None:
     with pytest.raises(OutOfMemory, match=r"^deepseek_v3 needs \d+ KiB on cpu, where 100 KiB can be used") as error:
         planner(machine(device("cpu", memory=100 * KIB))).schedule(MODEL)
     assert "|" not in str(error.value)
-    with pytest.raises(OutOfMemory, match=r"none of 3 plans fits in 50 KiB on cpu, 50 KiB on cuda:0; nearest is 'all on cpu'"):
+    with pytest.raises(
+        OutOfMemory, match=r"none of 3 plans fits in 50 KiB on cpu, 50 KiB on cuda:0; nearest is 'all on cpu'"
+    ):
         planner(machine(device("cpu", memory=50 * KIB), device("cuda:0", memory=50 * KIB))).schedule(MODEL)
 
 
