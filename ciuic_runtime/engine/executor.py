@@ -150,7 +150,8 @@ class _Run:
             part = self._launch(i, device, _expert_rows, x, local_ids, mine, here)
             placed.append((here, self._move(i.number, part, device, home)))
         inputs = [self._fetch(name, home) for name in added]
-        return self._launch(i, home, _combine, placed, weights, inputs)
+        total: torch.Tensor = self._launch(i, home, _combine, placed, weights, inputs)
+        return total
 
     def _fetch(self, name: str, device: str) -> Any:
         """A task's value on a device, copied there the first time it is asked for."""

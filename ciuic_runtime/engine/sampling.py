@@ -25,11 +25,10 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if not isinstance(self.stop, (tuple, list)):
-            raise InvalidInput(f"stop is {self.stop!r}; give a text, or a list of them")
-        object.__setattr__(self, "stop", tuple(self.stop))
+        stop: object = self.stop  # one text, or a list of them, is taken too
+        if not isinstance(stop, (str, tuple, list)):
+            raise InvalidInput(f"stop is {stop!r}; give a text, or a list of them")
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         _whole("max_tokens", self.max_tokens, 1, 2**31)
         _whole("top_k", self.top_k, 0, 2**31)
         if self.seed is not None:
