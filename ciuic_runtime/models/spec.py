@@ -1,5 +1,5 @@
 """What a model is, from its configuration alone: frozen sizes and switches, and how its layers are made up.
-Knows neither weights nor torch; reading `config.json` into it is `config.py`, the tensors it implies are `tensors.py`."""
+Knows neither weights nor torch; reading `config.json` into it is `config.py`, its tensors are in `tensors.py`."""
 
 from __future__ import annotations
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from hf_reference import CASES, Case, Reference, make
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 Reader = Callable[[Case], Reference]
 
@@ -28,10 +26,3 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reader:
         return known[case.name]
 
     return of
-
-
-@pytest.fixture(scope="session")
-def smollm2_reference(smollm2: Path) -> PreTrainedModel:
-    """The pretrained sample model as transformers reads the same GGUF file, float32; loading it takes 15 s."""
-    load = AutoModelForCausalLM.from_pretrained
-    return load(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32, local_files_only=True).eval()

@@ -21,13 +21,13 @@ TOKENS = [
 ]  # fmt: skip
 
 
-def test_smollm2_agrees_with_transformers(smollm2: Path, smollm2_reference: PreTrainedModel, here: Topology) -> None:
+def test_smollm2_agrees_with_transformers(smollm2: Path, smollm2_transformers: PreTrainedModel, here: Topology) -> None:
     with LLM(smollm2, devices=here, dtype="float32", max_model_len=256, max_num_seqs=1, threads=2) as llm:
         ids = llm.tokenizer.encode(PROMPT)
         output = llm.generate(PROMPT, SamplingParams(max_tokens=64))[0]
         logits = llm.logits(ids + TOKENS)
         chunked = llm.logits(ids + TOKENS, chunk=7)
-    expected = forward(smollm2_reference, ids + TOKENS)
+    expected = forward(smollm2_transformers, ids + TOKENS)
     assert ids == [504, 3575, 282, 4649, 314]
     assert relative_error(logits, expected).max() <= 1e-4
     assert relative_error(chunked, expected).max() <= 1e-4

@@ -308,8 +308,8 @@ def test_a_model_split_over_files_is_read_as_one(tmp_path: Path) -> None:
         GgufCheckpoint(paths[0])
 
 
-def test_smollm2_opens_with_all_its_tensors(smollm2_path: Path) -> None:
-    checkpoint = open_checkpoint(smollm2_path)
+def test_smollm2_opens_with_all_its_tensors(smollm2: Path) -> None:
+    checkpoint = open_checkpoint(smollm2)
     spec = checkpoint.spec
     assert (spec.family, spec.num_layers, spec.hidden_size, spec.vocab_size) == ("llama", 30, 576, 49152)
     assert (spec.num_heads, spec.num_kv_heads, spec.rope.theta, spec.tied_embeddings) == (9, 3, 100000.0, True)
@@ -319,8 +319,8 @@ def test_smollm2_opens_with_all_its_tensors(smollm2_path: Path) -> None:
     assert all("norm" in name for name in mapped)
 
 
-def test_smollm2_values_are_what_gguf_dequantises(smollm2_path: Path) -> None:
-    checkpoint, file = GgufCheckpoint(smollm2_path), GgufFile(smollm2_path)
+def test_smollm2_values_are_what_gguf_dequantises(smollm2: Path) -> None:
+    checkpoint, file = GgufCheckpoint(smollm2), GgufFile(smollm2)
     wanted = [t for t in tensors(checkpoint.spec) if "layers.7." in t.name or "embed" in t.name]
     names = {t.name: writer.gguf_name(t.name) for t in wanted}
     for tensor in wanted:
@@ -333,8 +333,8 @@ def test_smollm2_values_are_what_gguf_dequantises(smollm2_path: Path) -> None:
         np.testing.assert_array_equal(loaded, expected, err_msg=tensor.name)
 
 
-def test_smollm2_weights_are_those_that_transformers_loads(smollm2_path: Path, smollm2_transformers: Any) -> None:
-    checkpoint = GgufCheckpoint(smollm2_path)
+def test_smollm2_weights_are_those_that_transformers_loads(smollm2: Path, smollm2_transformers: Any) -> None:
+    checkpoint = GgufCheckpoint(smollm2)
     reference = smollm2_transformers.state_dict()
     for tensor in tensors(checkpoint.spec):
         loaded = checkpoint.load(tensor, torch.float32)

@@ -34,65 +34,67 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_path: Path) -> Tokenizer:
-    return load_tokenizer(smollm2_path)
+def smollm2_tokenizer(smollm2: Path) -> Tokenizer:
+    return load_tokenizer(smollm2)
 
 
-def test_smollm2_gives_the_published_ids(smollm2: Tokenizer) -> None:
-    assert smollm2.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
-    assert smollm2.vocab_size == 49152
-    assert (smollm2.bos_token_id, smollm2.eos_token_ids, smollm2.prefix) == (1, (2,), ())
-    assert smollm2.encode("<|im_start|>") == [1]
-    assert smollm2.encode("2018") == [34, 32, 33, 40], "digits stand alone"
-    assert smollm2.token_to_id("<|im_end|>") == 2
-    assert smollm2.id_to_token(2) == "<|im_end|>"
-    assert smollm2.token_to_id("no such token") is None
-    assert smollm2.id_to_token(49152) is None
+def test_smollm2_gives_the_published_ids(smollm2_tokenizer: Tokenizer) -> None:
+    assert smollm2_tokenizer.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
+    assert smollm2_tokenizer.vocab_size == 49152
+    assert (smollm2_tokenizer.bos_token_id, smollm2_tokenizer.eos_token_ids, smollm2_tokenizer.prefix) == (1, (2,), ())
+    assert smollm2_tokenizer.encode("<|im_start|>") == [1]
+    assert smollm2_tokenizer.encode("2018") == [34, 32, 33, 40], "digits stand alone"
+    assert smollm2_tokenizer.token_to_id("<|im_end|>") == 2
+    assert smollm2_tokenizer.id_to_token(2) == "<|im_end|>"
+    assert smollm2_tokenizer.token_to_id("no such token") is None
+    assert smollm2_tokenizer.id_to_token(49152) is None
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_smollm2_round_trips(smollm2: Tokenizer, text: str) -> None:
-    assert smollm2.decode(smollm2.encode(text), skip_special=False) == text
+def test_smollm2_round_trips(smollm2_tokenizer: Tokenizer, text: str) -> None:
+    assert smollm2_tokenizer.decode(smollm2_tokenizer.encode(text), skip_special=False) == text
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=80))
-def test_smollm2_round_trips_any_text(smollm2: Tokenizer, text: str) -> None:
+def test_smollm2_round_trips_any_text(smollm2_tokenizer: Tokenizer, text: str) -> None:
     alphabet = writer.byte_tokens()
     assume(
-        all(smollm2.token_to_id(alphabet[byte]) is not None for byte in text.encode())
+        all(smollm2_tokenizer.token_to_id(alphabet[byte]) is not None for byte in text.encode())
     )  # a few control codes are not
-    ids = smollm2.encode(text)
-    assert smollm2.decode(ids, skip_special=False) == text
-    stream = smollm2.stream(skip_special=False)
+    ids = smollm2_tokenizer.encode(text)
+    assert smollm2_tokenizer.decode(ids, skip_special=False) == text
+    stream = smollm2_tokenizer.stream(skip_special=False)
     assert "".join(map(stream.push, ids)) + stream.finish() == text
 
 
 @settings(max_examples=100, deadline=None)
 @given(ids=st.lists(st.integers(0, 49151), max_size=40), skip=st.booleans())
-def test_smollm2_streams_what_it_decodes(smollm2: Tokenizer, ids: list[int], skip: bool) -> None:
-    stream = smollm2.stream(skip_special=skip)
-    assert "".join(map(stream.push, ids)) + stream.finish() == smollm2.decode(ids, skip_special=skip)
+def test_smollm2_streams_what_it_decodes(smollm2_tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
+    stream = smollm2_tokenizer.stream(skip_special=skip)
+    assert "".join(map(stream.push, ids)) + stream.finish() == smollm2_tokenizer.decode(ids, skip_special=skip)
 
 
-def test_a_stream_never_splits_a_character(smollm2: Tokenizer) -> None:
+def test_a_stream_never_splits_a_character(smollm2_tokenizer: Tokenizer) -> None:
     text = "😀 é 漢 한"
-    ids = smollm2.encode(text)
-    stream = smollm2.stream()
+    ids = smollm2_tokenizer.encode(text)
+    stream = smollm2_tokenizer.stream()
     pieces = [stream.push(i) for i in ids]
     assert len(ids) > len(text), "the text was meant to have characters of several tokens"
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_smollm2_chat_template(smollm2: Tokenizer) -> None:
+def test_smollm2_chat_template(smollm2_tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "Hi {{ 1 + 1 }}"}, {"role": "assistant", "content": "Hello"}]
-    assert smollm2.apply_chat_template(messages, add_generation_prompt=True) == (
+    assert smollm2_tokenizer.apply_chat_template(messages, add_generation_prompt=True) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHi {{ 1 + 1 }}<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>assistant\n"
     )
     alone = [{"role": "system", "content": "S"}]
-    assert smollm2.apply_chat_template(alone, add_generation_prompt=False) == "<|im_start|>system\nS<|im_end|>\n"
+    assert (
+        smollm2_tokenizer.apply_chat_template(alone, add_generation_prompt=False) == "<|im_start|>system\nS<|im_end|>\n"
+    )
 
 
 def write_bpe(
