@@ -3,13 +3,14 @@ Knows options, exit codes and streams (results on stdout, everything else on std
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ciuic_runtime.engine.request import RequestOutput
     from ciuic_runtime.engine.sampling import SamplingParams
     from ciuic_runtime.models.checkpoint import Checkpoint
+    from ciuic_runtime.models.spec import ModelSpec
     from ciuic_runtime.schedulers.placement import Placement
 
 log = logging.getLogger("ciuic")
@@ -60,7 +62,7 @@ PlacementOption = Annotated[
     Path | None, typer.Option("--placement", metavar="FILE.toml", help="rules about what goes where")
 ]
 MemoryOption = Annotated[str | None, typer.Option("--memory", metavar="cpu=16GiB,...", help="memory budget by device")]
-GoalOption = Annotated[str, typer.Option("--goal", help="latency, throughput or first-token")]
+GoalOption = Annotated[str | None, typer.Option("--goal", help="latency, throughput or first-token")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="new tokens per prompt")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy")]
 TopK = Annotated[int, typer.Option("--top-k", help="0: all tokens")]
@@ -113,7 +115,7 @@ def plan(
     devices: DevicesOption = None,
     placement: PlacementOption = None,
     memory: MemoryOption = None,
-    goal: GoalOption = "latency",
+    goal: GoalOption = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens")] = 512,
     max_tokens: MaxTokens = 128,
     batch: Annotated[int, typer.Option("--batch", help="sequences at once")] = 1,
@@ -130,7 +132,7 @@ def plan(
     known = ciuic.Model(model, format)
     hw = _hardware(devices)
     schedule = ciuic.plan(
-        known, hw, memory=_budgets(memory), goal=goal, workload=work, placement=_placement(placement)
+        known, hw, memory=_budgets(memory), goal=goal or "latency", workload=work, placement=_placement(placement)
     )  # fmt: skip
     if save:
         schedule.to_json(save)
@@ -158,7 +160,7 @@ def run(
     schedule: ScheduleOption = None,
     placement: PlacementOption = None,
     memory: MemoryOption = None,
-    goal: GoalOption = "latency",
+    goal: GoalOption = None,
     devices: DevicesOption = None,
     threads: Threads = None,
     context: Context = None,
@@ -183,13 +185,14 @@ def run(
     params = ciuic.SamplingParams(
         max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), ignore_eos
     )
-    texts = [sys.stdin.read() if text == "-" else text for text in prompt]
+    texts = [_read_stdin() if text == "-" else text for text in prompt]
     checkpoint = open_checkpoint(model)
     tokenizer = load_tokenizer(model)
     if chat_template:
         texts = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
     ids = [tokenizer.encode(text, add_special=not chat_template) for text in texts]
-    work = ciuic.Workload(max(1, *map(len, ids)), max_tokens, len(ids))
+    _check_lengths(ids, max_tokens, context, checkpoint.spec)
+    work = ciuic.Workload(max(map(len, ids)), max_tokens, len(ids))
     with _open(
         checkpoint, dtype=dtype, schedule=schedule, placement=placement, memory=memory, goal=goal, devices=devices,
         threads=threads, executor=executor, context=context, workload=work,
@@ -203,7 +206,7 @@ def run(
         else:
             print(run_summary(llm, report), file=sys.stderr)
     if interrupted:
-        raise KeyboardInterrupt
+        raise _Interrupted
 
 
 @app.command()
@@ -224,31 +227,57 @@ def chat(
     devices: DevicesOption = None,
     threads: Threads = None,
     context: Context = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Talk to a model; an empty line or end of input leaves, Ctrl-C stops an answer."""
     import ciuic_runtime as ciuic
+    from ciuic_runtime.models.checkpoint import open_checkpoint
+    from ciuic_runtime.models.tokenizer import load_tokenizer
 
     params = ciuic.SamplingParams(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    checkpoint = open_checkpoint(model)
+    tokenizer = load_tokenizer(model)
+    messages = [{"role": "system", "content": system}] if system else []
+    tokenizer.apply_chat_template(
+        [*messages, {"role": "user", "content": "?"}]
+    )  # none, or one that refuses: say so now
     with _open(
-        model, dtype=dtype, schedule=schedule, placement=placement, memory=memory, devices=devices, threads=threads,
-        context=context,
+        checkpoint, dtype=dtype, schedule=schedule, placement=placement, memory=memory, devices=devices,
+        threads=threads, context=context, max_num_seqs=1,
     ) as llm:  # fmt: skip
-        messages = [{"role": "system", "content": system}] if system else []
         while question := _ask():
             asked = [*messages, {"role": "user", "content": question}]
-            ids = llm.tokenizer.encode(llm.tokenizer.apply_chat_template(asked), add_special=False)
-            try:
-                outputs, _ = _generate(llm, [ids], params, show=True)
-            except InvalidInput as error:
-                print(f"ciuic: {error}", file=sys.stderr)
+            ids = tokenizer.encode(tokenizer.apply_chat_template(asked), add_special=False)
+            if len(ids) + max_tokens > llm.context:
+                print(f"ciuic: the conversation fills the context of {llm.context}; begin anew", file=sys.stderr)
+                messages = messages[: bool(system)]
                 continue
-            messages = [*asked, {"role": "assistant", "content": outputs[0].text}]
+            outputs, _ = _generate(llm, [ids], params, show=not as_json)
+            if outputs[0].text:  # an answer stopped before its first word is as if not asked
+                messages = [*asked, {"role": "assistant", "content": outputs[0].text}]
+    if as_json:
+        _print_json({"schema_version": 1, "messages": messages})
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from ciuic_runtime import __version__
+
+        print(f"ciuic {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; turns every failure into one line (or `{"error": ...}` with --json) and its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    _set_up_logging()
+    _set_up_streams()
     sys.exit(_exit_code(arguments))
 
 
@@ -257,8 +286,11 @@ def _exit_code(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments, prog_name="ciuic", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
+        sys.stdout.flush()
+    except _Interrupted:
         return EXIT_INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return _fail(as_json, error, "interrupted", EXIT_INTERRUPTED)
     except CiuicError as error:
         return _fail(as_json, error, str(error), error.exit_code)
     except BrokenPipeError:
@@ -270,12 +302,18 @@ def _exit_code(arguments: list[str]) -> int:
             return _fail(as_json, error, text and f"{text.rstrip('.')}; see ciuic --help", EXIT_BAD_INPUT)
         if os.environ.get("CIUIC_DEBUG"):
             raise
+        if isinstance(error, OSError):
+            return _fail(as_json, error, str(error), EXIT_FAILED)
         text = f"{type(error).__name__}: {error} (a mistake of ours; CIUIC_DEBUG=1 shows where)"
         return _fail(as_json, error, text, EXIT_FAILED)
     return code if isinstance(code, int) else 0
 
 
-def _fail(as_json: bool, error: Exception, message: str, code: int) -> int:
+class _Interrupted(Exception):
+    """Ctrl-C came, and what there was has been shown."""
+
+
+def _fail(as_json: bool, error: BaseException, message: str, code: int) -> int:
     message = " ".join(message.split())
     if as_json:
         _print_json({"error": {"type": type(error).__name__, "message": message, "exit_code": code}})
@@ -284,12 +322,18 @@ def _fail(as_json: bool, error: Exception, message: str, code: int) -> int:
     return code
 
 
-def _set_up_logging() -> None:
+def _set_up_streams() -> None:
+    """Text that the terminal cannot show becomes '?' there, and messages go nowhere where there is no stderr."""
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("ciuic: %(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
-    log.setLevel(os.environ.get("CIUIC_LOG", "WARNING").upper())
+    level = os.environ.get("CIUIC_LOG", "WARNING").upper()
+    log.setLevel(level if level in logging.getLevelNamesMapping() else "WARNING")
 
 
 def _result(as_json: bool, document: dict[str, Any], text: Callable[[], str]) -> None:
@@ -303,7 +347,7 @@ def _print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document))
 
 
-def _hardware(file: Path | None, measure: str = "cached", path: Path = Path(".")) -> DeviceManager:
+def _hardware(file: Path | None, measure: str = "cached", path: Path | None = None) -> DeviceManager:
     from ciuic_runtime.devices.manager import DeviceManager
 
     if file is not None:
@@ -354,7 +398,9 @@ def _generate(
 ) -> tuple[list[RequestOutput], bool]:
     """Runs the prompts; text streams to stdout as it comes (a batch's texts one after the other, when they end).
 
-    Ctrl-C ends the generation and keeps what there is: (outputs, whether it was interrupted)."""
+    Ctrl-C ends the generation and keeps what there is: (an output for every prompt, whether it was interrupted)."""
+    from ciuic_runtime.engine.request import not_begun
+
     latest: dict[int, RequestOutput] = {}
     single, interrupted = len(prompts) == 1, False
     stream = llm.stream(list(prompts), params)
@@ -364,13 +410,46 @@ def _generate(
             if show and single:
                 print(text, end="", flush=True)
             elif show and output.finish_reason:
-                print(f"--- prompt {output.index}\n{output.text}", flush=True)
+                _print_one(output)
     except KeyboardInterrupt:
         interrupted = True
         stream.close()
+    outputs = [latest.get(i) or not_begun(i, ids) for i, ids in enumerate(prompts)]
+    outputs = [o if o.finish_reason else replace(o, finish_reason="interrupted") for o in outputs]
     if show and single:
         print(flush=True)
-    return [latest[i] for i in sorted(latest)], interrupted
+    elif show:
+        for output in outputs:
+            if output.finish_reason == "interrupted":
+                _print_one(output)
+    return outputs, interrupted
+
+
+def _print_one(output: RequestOutput) -> None:
+    print(f"--- prompt {output.index}\n{output.text}", flush=True)
+
+
+def _read_stdin() -> str:
+    """All of standard input, without the line end that `echo` and editors add."""
+    if sys.stdin is None:
+        raise InvalidInput("--prompt - reads standard input, which is closed; give the prompt as text")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"standard input is not UTF-8 text ({error}); convert it first") from error
+
+
+def _check_lengths(prompts: Sequence[Sequence[int]], new: int, context: int | None, spec: ModelSpec) -> None:
+    """What the engine would refuse anyway, before the model is loaded."""
+    limit = min(context or spec.max_positions, spec.max_positions)
+    for i, ids in enumerate(prompts):
+        if not ids:
+            raise InvalidInput(f"prompt {i} is empty; give at least one token")
+        if len(ids) + new > limit:
+            raise InvalidInput(
+                f"prompt {i} has {len(ids)} tokens and {new} new ones were asked for; the context holds {limit} "
+                f"({spec.name} allows {spec.max_positions}); shorten it, or ask for fewer with --max-tokens"
+            )
 
 
 def _ask() -> str:

@@ -3,12 +3,13 @@ Reads configuration only; what it gives is what a plan needs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models.config import load_spec
-from ciuic_runtime.models.graph import build_graph
+from ciuic_runtime.models.graph import PREFILL_CHUNK, build_graph
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.schedulers.graph import Layer, Page, TaskGraph
 
@@ -27,14 +28,20 @@ def parse_format(name: str, spec: ModelSpec) -> str:
 class Model:
     """`Model("deepseek-v3")`: `.spec`, `.graph`, `.layers`, `.pages`; nothing of the weights is read."""
 
-    def __init__(self, source: str | Path, format: str = "auto", spec: ModelSpec | None = None) -> None:
-        self.source = source
+    def __init__(
+        self,
+        source: str | Path,
+        format: str = "auto",
+        spec: ModelSpec | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,  # prompt tokens that a pass takes at most
+    ) -> None:
+        self.source, self.prefill_chunk = source, prefill_chunk
         self.spec = spec or load_spec(source)
         self.format = parse_format(format, self.spec)
 
     @cached_property
     def graph(self) -> TaskGraph:
-        return build_graph(self.spec, self.format)
+        return replace(build_graph(self.spec, self.format), prefill_chunk=self.prefill_chunk)
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -28,7 +28,7 @@ def plan(
     """The schedule for `model` on `hw` (None: this machine), with what it is forecast to do.
 
     Raises InvalidInput for what cannot be asked, OutOfMemory, with the figures, where nothing fits."""
-    topology = hw if isinstance(hw, Topology) else (hw or DeviceManager()).topology
+    topology = hw if isinstance(hw, Topology) else (hw or DeviceManager(path=None)).topology
     scheduler = TaskScheduler(
         topology=topology,
         goal=goal,

@@ -14,10 +14,9 @@ def run_report(llm: LLM, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     """Of one prompt, or of a batch: then the top-level fields are the first prompt's and `outputs` has them all."""
     trace = llm.trace
     rows = [_output(o) for o in outputs]
-    first = rows[0] if rows else _output(None)
     return {
         "schema_version": 1,
-        **first,
+        **rows[0],
         "outputs": rows,
         "load_s": llm.load_s,
         "prefill_s": trace.seconds("prefill"),
@@ -32,12 +31,12 @@ def run_report(llm: LLM, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     }
 
 
-def _output(o: RequestOutput | None) -> dict[str, Any]:
+def _output(o: RequestOutput) -> dict[str, Any]:
     return {
-        "text": o.text if o else "",
-        "token_ids": list(o.token_ids) if o else [],
-        "prompt_token_ids": list(o.prompt_token_ids) if o else [],
-        "finish_reason": (o.finish_reason or "interrupted") if o else "interrupted",
-        "seed": o.seed if o else None,
-        "first_token_s": o.first_token_s if o else None,
+        "text": o.text,
+        "token_ids": list(o.token_ids),
+        "prompt_token_ids": list(o.prompt_token_ids),
+        "finish_reason": o.finish_reason,
+        "seed": o.seed,
+        "first_token_s": o.first_token_s,
     }

@@ -33,18 +33,20 @@ Progress = Callable[[str], None]
 
 
 class DeviceManager:
-    """The devices of this machine, and the disk under `path`.
+    """The devices of this machine, and the disk under `path` (None: no disk, which measuring would write to).
 
     `measure`: "cached" measures what is not in the cache, "fresh" everything, "never" nothing (no rates then)."""
 
     topology: Topology
 
-    def __init__(self, path: str | Path = ".", measure: str = "cached", progress: Progress | None = None) -> None:
+    def __init__(
+        self, path: str | Path | None = ".", measure: str = "cached", progress: Progress | None = None
+    ) -> None:
         if measure not in MODES:
             raise InvalidInput(f"measure={measure!r} is not known; choose one of {', '.join(MODES)}")
         cpus = discover_cpus()
         gpus, links = discover_gpus(cpus)
-        devices = [*cpus, *gpus, discover_disk(path)]
+        devices = [*cpus, *gpus, *([discover_disk(path)] if path is not None else [])]
         if measure != "never":
             devices = _measured(devices, path, fresh=measure == "fresh", progress=progress)
         self.topology = Topology(tuple(devices), (*links, *_disk_links(devices)))
@@ -83,12 +85,12 @@ class DeviceManager:
 
 
 def _measured(
-    devices: Sequence[DeviceSpec], path: str | Path, fresh: bool, progress: Progress | None
+    devices: Sequence[DeviceSpec], path: str | Path | None, fresh: bool, progress: Progress | None
 ) -> list[DeviceSpec]:
     num_computing = sum(d.can_compute and d.usable for d in devices)
 
     def measure(spec: DeviceSpec) -> Limits:
-        if spec.kind == "DISK":
+        if spec.kind == "DISK" and path is not None:
             if progress:
                 progress(f"measuring how fast the disk under {path} reads")
             return measure_disk(path, DISK_SECONDS)

@@ -19,16 +19,20 @@ Bound = Literal["compute", "memory", "overhead", "link"]
 class Calibration:
     """What share of a device's raw limits our kernels reach, and how far a forecast may be off.
 
-    The defaults are assumptions, not measurements: the plan's basis then says "estimated" or "mixed", and its range
-    is as wide as `model_error` says."""
+    Devices that are not named get the shares assumed below: then the plan's basis says "estimated" or "mixed".
+    A forecast's range is as wide as `model_error` says."""
 
     compute_utilisation: Mapping[str, float] = field(default_factory=dict)  # device -> share of its matrix rate
     memory_utilisation: Mapping[str, float] = field(default_factory=dict)  # device -> share of its bandwidth
     launch_overhead: Mapping[str, float] = field(default_factory=dict)  # device -> s per operator call
-    model_error: float = 0.4  # relative; of a forecast from raw limits alone
+    model_error: float = 1.0  # relative: rates from half to twice the forecast are to be expected
     basis: Literal["measured", "estimated"] = "estimated"
 
 
+# What the torch path reached of a CPU's raw limits on two small models (benchmarks/results, against transformers):
+# a sixth to two thirds of the matrix rate, two fifths to three quarters of the bandwidth. Assumed for every device.
+ASSUMED_COMPUTE_UTILISATION = 1 / 3
+ASSUMED_MEMORY_UTILISATION = 2 / 3
 # Where a device says nothing of its own launch overhead; estimated.
 ASSUMED_LAUNCH_OVERHEAD = {"CPU": 5e-6, "GPU": 8e-6, "SIM": 0.0}  # s
 
@@ -97,14 +101,17 @@ class CostModel:
                 f"{device.name} has no known memory bandwidth, so nothing can be forecast on it; "
                 "measure it (ciuic devices --measure fresh) or give memory_bandwidth in the hardware file"
             )
-        return device.memory_bandwidth * self.calibration.memory_utilisation.get(device.name, 1.0)
+        return device.memory_bandwidth * self.memory_utilisation(device)
 
     def weight_bandwidth(self, device: DeviceSpec, tokens: int) -> float:
         """Weights at one token are read by a matrix-vector product, whose own rate is used where it was measured."""
         vector = device.matrix_vector_rates.get(self.dtype)
         if tokens == 1 and vector:
-            return vector * self.calibration.memory_utilisation.get(device.name, 1.0)
+            return vector * self.memory_utilisation(device)
         return self.bandwidth(device)
+
+    def memory_utilisation(self, device: DeviceSpec) -> float:
+        return self.calibration.memory_utilisation.get(device.name, ASSUMED_MEMORY_UTILISATION)
 
     def matrix_rate(self, device: DeviceSpec) -> float:
         rate = device.matrix_rates.get(self.dtype) or device.matrix_rates.get("float32")
@@ -113,7 +120,7 @@ class CostModel:
                 f"{device.name} has no known matrix rate for {self.dtype}, so nothing can be forecast on it; "
                 "measure it (ciuic devices --measure fresh) or give matrix_rates in the hardware file"
             )
-        return rate * self.calibration.compute_utilisation.get(device.name, 1.0)
+        return rate * self.calibration.compute_utilisation.get(device.name, ASSUMED_COMPUTE_UTILISATION)
 
     def launch_overhead(self, device: DeviceSpec) -> float:
         known = self.calibration.launch_overhead.get(device.name, device.launch_overhead)

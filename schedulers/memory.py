@@ -3,12 +3,13 @@ Counts pages of the graph, not the sizes that a schedule file states."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ciuic_runtime.devices.errors import OutOfMemory
-from ciuic_runtime.devices.spec import DeviceSpec
-from ciuic_runtime.devices.units import format_bytes
+from ciuic_runtime.devices.errors import InvalidInput, OutOfMemory
+from ciuic_runtime.devices.spec import DeviceSpec, Topology
+from ciuic_runtime.devices.units import format_bytes, parse_bytes
 from ciuic_runtime.schedulers.graph import TaskGraph
 from ciuic_runtime.schedulers.workload import Workload
 
@@ -70,3 +71,21 @@ def _does_not_fit(graph: TaskGraph, workload: Workload, device: str, need: Need,
     if need.weights < room:
         return f"{what}; try a shorter context, a smaller batch, or more memory (--memory {device}=...)"
     return f"{what}; try a smaller model, more memory, or part of it on another device"
+
+
+def limit_memory(topology: Topology, budgets: Mapping[str, str | int]) -> Topology:
+    """The topology with the free memory of the devices that are named cut down to the user's budgets."""
+    sizes = {topology.device(name).name: parse_bytes(size) for name, size in budgets.items()}
+    return replace(topology, devices=tuple(_limit(d, sizes.get(d.name)) for d in topology.devices))
+
+
+def _limit(device: DeviceSpec, budget: int | None) -> DeviceSpec:
+    available = capacity(device)
+    if budget is not None and budget > available:
+        raise InvalidInput(
+            f"--memory {device.name}={format_bytes(budget)} is more than can be used there "
+            f"({format_bytes(available)}); ask for less"
+        )
+    if not device.can_compute:
+        return device
+    return replace(device, memory_free_bytes=available if budget is None else budget)

@@ -50,10 +50,11 @@ def _devices(schedule: Schedule) -> list[str]:
 
 def _forecast(p: Prediction) -> list[str]:
     low, high = p.range
+    prefill, decode = p.prefill_tokens_per_s, p.decode_tokens_per_s
     return [
         f"forecast ({p.basis})",
         f"  first token  {p.first_token_s:.3g} s",
-        f"  prefill      {p.prefill_tokens_per_s:.3g} tokens/s",
+        f"  prefill      {prefill:.3g} tokens/s ({prefill * low / decode:.3g} to {prefill * high / decode:.3g})",
         f"  decode       {p.decode_tokens_per_s:.3g} tokens/s ({low:.3g} to {high:.3g})",
         f"  bound by     {p.bound_by}",
     ]

@@ -9,12 +9,12 @@ from functools import partial
 
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput, OutOfMemory
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
-from ciuic_runtime.devices.units import format_bytes, parse_bytes
+from ciuic_runtime.devices.units import format_bytes
 from ciuic_runtime.schedulers.assignment import Candidate, Prediction
 from ciuic_runtime.schedulers.cost import Calibration, CostModel
 from ciuic_runtime.schedulers.draft import Fixed, schedule_of
 from ciuic_runtime.schedulers.graph import Layer, Task, TaskGraph
-from ciuic_runtime.schedulers.memory import capacity
+from ciuic_runtime.schedulers.memory import capacity, limit_memory
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.policies.trivial import all_on, by_speed, fastest_first, split_by_speed
 from ciuic_runtime.schedulers.predict import predict
@@ -116,7 +116,6 @@ class TaskScheduler:
         if self.topology is None and not self._devices:
             raise InvalidInput("no devices are known; pass a topology, or devices (not their names) to add_task")
         topology = self.topology or Topology(tuple(self._devices.values()))
-        budgets = {topology.device(name).name: parse_bytes(size) for name, size in self.memory.items()}
         able = {d.name for d in topology.compute_devices}
         if not able:
             reasons = "; ".join(f"{d.name}: {d.why_not_usable or d.kind}" for d in topology.devices)
@@ -124,7 +123,7 @@ class TaskScheduler:
         for name in dict.fromkeys(self._exact.values()):
             if topology.device(name).name not in able:
                 raise InvalidInput(f"add_task: {name} cannot compute; devices that can are {', '.join(sorted(able))}")
-        return replace(topology, devices=tuple(_limit(d, budgets.get(d.name)) for d in topology.devices))
+        return limit_memory(topology, self.memory)
 
 
 def _score_all(
@@ -240,15 +239,3 @@ def _caveats(graph: TaskGraph, workload: Workload, placement: Placement) -> list
     if any(rule.by == "popularity" for rule in placement.rules) and not any(task.popularity for task in graph):
         notes.append("no popularity of experts is known: rules by popularity took them in order")
     return notes
-
-
-def _limit(device: DeviceSpec, budget: int | None) -> DeviceSpec:
-    available = capacity(device)
-    if budget is not None and budget > available:
-        raise InvalidInput(
-            f"--memory {device.name}={format_bytes(budget)} is more than can be used there "
-            f"({format_bytes(available)}); ask for less"
-        )
-    if not device.can_compute:
-        return device
-    return replace(device, memory_free_bytes=available if budget is None else budget)

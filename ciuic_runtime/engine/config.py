@@ -1,68 +1,42 @@
-"""The settings of a run, resolved once: every "auto" becomes a value that fits, and it is said which and why.
-Knows no weights; whether things fit is asked of the schedule."""
+"""The settings that a user may give a run, checked as they are given. None means that `setup.py` finds a value.
+Knows no model and no hardware."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from ciuic_runtime.devices.errors import InvalidInput, OutOfMemory
-from ciuic_runtime.models.spec import ModelSpec
-from ciuic_runtime.schedulers.schedule import Schedule
+from ciuic_runtime.devices.errors import InvalidInput
+from ciuic_runtime.models.graph import PREFILL_CHUNK
+from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.workload import Workload
 
-log = logging.getLogger("ciuic")
-
-DEFAULT_CONTEXT = 4096
-DEFAULT_BATCH = 8
-SMALLEST_CONTEXT = 64
+_LIMITS = {"max_model_len": 2**31, "max_num_seqs": 2**20, "threads": 4096, "prefill_chunk": 2**20}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RuntimeConfig:
-    """What the user may set; None is "auto"."""
-
+    dtype: str = "auto"
+    memory: Mapping[str, str | int] = field(default_factory=dict)  # device -> budget
+    placement: Placement | None = None
+    goal: str | None = None  # None: latency
     max_model_len: int | None = None  # positions per sequence: prompt and output
     max_num_seqs: int | None = None  # sequences at once
+    threads: int | None = None  # None: the cores of the CPU devices in use
+    prefill_chunk: int = PREFILL_CHUNK  # prompt tokens per pass
+    workload: Workload | None = None  # what to plan for; None: the schedule's own, else a few sequences at once
+    executor: str = "local"
 
-
-def resolve(
-    config: RuntimeConfig, spec: ModelSpec, workload: Workload | None, planner: Callable[[Workload], Schedule]
-) -> tuple[int, int, Schedule]:
-    """The longest context and largest batch that fit, where the user set none, and the schedule for them.
-
-    `planner` makes (or checks) a schedule for a workload and raises OutOfMemory where it does not fit."""
-    if config.max_model_len is not None and config.max_model_len > spec.max_positions:
-        raise InvalidInput(
-            f"a context of {config.max_model_len} tokens was asked for; {spec.name} allows {spec.max_positions}"
-        )
-    asked = workload.context if workload else DEFAULT_CONTEXT
-    context = config.max_model_len or min(asked, spec.max_positions)
-    batch = config.max_num_seqs or (workload.batch if workload else DEFAULT_BATCH)
-    wanted = (context, batch)
-    while True:
-        try:
-            schedule = planner(_workload(workload, context, batch))
-            break
-        except OutOfMemory:
-            # The batch gives way first: a shorter context refuses prompts, a smaller batch only takes longer.
-            if config.max_num_seqs is None and batch > 1:
-                batch //= 2
-            elif config.max_model_len is None and workload is None and context > SMALLEST_CONTEXT:
-                context = max(SMALLEST_CONTEXT, context // 2)
-            else:
-                raise
-    if (context, batch) != wanted:
-        log.warning(
-            "reduced to what fits in memory: context %d (asked %d), %d sequences at once (asked %d)",
-            context, wanted[0], batch, wanted[1],
-        )  # fmt: skip
-    return context, batch, schedule
-
-
-def _workload(workload: Workload | None, context: int, batch: int) -> Workload:
-    if workload is not None and workload.context <= context:
-        return replace(workload, batch=batch)
-    prompt = max(1, context * 3 // 4)
-    return Workload(prompt, max(1, context - prompt), batch)
+    def __post_init__(self) -> None:
+        if self.executor != "local":
+            raise InvalidInput(f"executor {self.executor!r}: this version has only 'local'; Ray clusters are not in it")
+        for name, most in (
+            ("max_model_len", 2**31),
+            ("max_num_seqs", 2**20),
+            ("threads", 4096),
+            ("prefill_chunk", 2**20),
+        ):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and 1 <= value <= most):
+                raise InvalidInput(f"{name} is {value!r}; it must be a whole number from 1 to {most}")

@@ -68,19 +68,35 @@ class LocalExecutor:
         self._program = self._compile(tensors_by_page(spec), progress or (lambda done, total: None))
 
     @torch.inference_mode()
-    def step(self, batch: Batch, phase: Phase) -> torch.Tensor:
-        """Runs one pass; logits of the sampled rows, float32 [sampled, vocab] on the host."""
+    def step(self, batch: Batch, phase: Phase, sampler: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
+        """Runs one pass; logits of the sampled rows, float32 [sampled, vocab] on the host.
+
+        What `sampler` does with them belongs to the step, and is recorded on the lane "host"."""
         begin = time.perf_counter()
         run = _Run(self, batch)
         try:
             for instruction in self._program:
                 run.execute(instruction)
             logits = run.host_value("head")
+            if sampler is not None:
+                self._sample(sampler, logits)
         except BaseException:
             self.recorder.abandon_step()
             raise
         self.recorder.end_step(phase, batch.num_tokens, len(batch.sequences), begin)
         return logits
+
+    def _sample(self, sampler: Callable[[torch.Tensor], None], logits: torch.Tensor) -> None:
+        start = time.perf_counter()
+        sampler(logits)
+        number = self.recorder.number
+        self.recorder.add(number("sample"), number("host"), start, time.perf_counter(), kind=2)
+
+    def close(self) -> None:
+        """Gives back weights and cache; nothing can be run after this."""
+        self._program.clear()
+        self._pages.clear()
+        self.cache.clear()
 
     def _compile(self, tensors: Mapping[str, tuple[TensorSpec, ...]], progress: Progress) -> list[_Instruction]:
         """Loads every page where the schedule has it and binds the tasks, in the graph's order."""

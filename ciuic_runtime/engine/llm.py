@@ -3,40 +3,54 @@ The queue decides what runs next, the executor runs it, and this class only move
 
 from __future__ import annotations
 
-import logging
+import operator
 import resource
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
 from ciuic_runtime.devices.backends import open_backend
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput
 from ciuic_runtime.devices.manager import DeviceManager
-from ciuic_runtime.devices.spec import DeviceSpec, Topology
-from ciuic_runtime.engine.config import RuntimeConfig, resolve
+from ciuic_runtime.devices.spec import Topology
+from ciuic_runtime.engine.config import RuntimeConfig
 from ciuic_runtime.engine.executor import LocalExecutor
 from ciuic_runtime.engine.queue import Decision, RequestQueue
 from ciuic_runtime.engine.recorder import Recorder
 from ciuic_runtime.engine.request import Request, RequestOutput
 from ciuic_runtime.engine.sampling import SamplingParams, sample
+from ciuic_runtime.engine.setup import set_up
 from ciuic_runtime.engine.text import NoText, TextStream
 from ciuic_runtime.memory.kv_cache import blocks_for
 from ciuic_runtime.model import Model
 from ciuic_runtime.models.batch import Chunk, make_batch
 from ciuic_runtime.models.checkpoint import Checkpoint, open_checkpoint
 from ciuic_runtime.models.tokenizer import Tokenizer, load_tokenizer
-from ciuic_runtime.planning import plan
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Workload
 
-log = logging.getLogger("ciuic")
 Prompt = str | Sequence[int]
+
+
+class Settings(TypedDict, total=False):
+    """What `LLM` takes by name: the fields of `RuntimeConfig`."""
+
+    dtype: str
+    memory: Mapping[str, str | int]
+    placement: Placement | None
+    goal: str | None
+    max_model_len: int | None
+    max_num_seqs: int | None
+    threads: int | None
+    prefill_chunk: int
+    workload: Workload | None
+    executor: str
 
 
 class LLM:
@@ -49,60 +63,52 @@ class LLM:
         model: str | Path | Checkpoint,
         *,
         schedule: Schedule | None = None,
-        executor: str = "local",
-        dtype: str = "auto",
-        memory: Mapping[str, str | int] | None = None,
-        placement: Placement | None = None,
         devices: DeviceManager | Topology | None = None,
-        max_model_len: int | None = None,
-        max_num_seqs: int | None = None,
-        threads: int | None = None,
-        prefill_chunk: int = 512,
-        goal: str = "latency",
-        workload: Workload | None = None,
         progress: Callable[[int, int], None] | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
-        if executor != "local":
-            raise InvalidInput(f"executor {executor!r}: this version has only 'local'; Ray clusters are not in it yet")
+        """`schedule` is carried out to the letter; `devices` are those to run on (None: this machine's); `progress` is
+        called with bytes loaded and bytes in all; `settings` are the fields of `RuntimeConfig`."""
         begin = time.perf_counter()
+        config = RuntimeConfig(**settings)
         self._checkpoint = open_checkpoint(model) if isinstance(model, (str, Path)) else model
-        spec = self._checkpoint.spec
-        if spec.why_not_runnable:
-            raise InvalidInput(spec.why_not_runnable)
-        self.model = Model(
-            self._checkpoint.path, dtype if schedule is None or dtype != "auto" else schedule.model.format, spec
-        )
-        self.topology = _topology(devices, schedule, memory)
-        config = RuntimeConfig(max_model_len, max_num_seqs)
-
-        def planner(work: Workload) -> Schedule:
-            if schedule is None:
-                return plan(self.model, self.topology, memory=memory, goal=goal, workload=work, placement=placement)
-            _check_given(schedule, self.model, self.topology, work)
-            return schedule
-
-        self.context, self.max_num_seqs, self.schedule = resolve(config, spec, workload, planner)
-        self._chunk = prefill_chunk
-        self.threads = _set_threads(threads, self.topology, self.schedule)
+        self._setup = set_up(self._checkpoint, config, schedule, devices)
+        self.schedule = self._setup.schedule
+        torch.set_num_threads(self.threads)
         self._recorder = Recorder()
-        self._backends = {
-            name: open_backend(self.topology.device(name), self.topology) for name in self.schedule.devices_used()
-        }
+        used = self.schedule.devices_used()
+        self._backends = {name: open_backend(self.topology.device(name), self.topology) for name in used}
         num_blocks = blocks_for(self.context) * self.max_num_seqs
         self._executor = LocalExecutor(
-            spec,
-            self.model.graph,
-            self.schedule,
-            self._checkpoint,
-            self._backends,
-            num_blocks,
-            self._recorder,
-            progress,
-        )
-        self._queue = RequestQueue(num_blocks, self.max_num_seqs, prefill_chunk)
+            self.model.spec, self.model.graph, self.schedule, self._checkpoint, self._backends, num_blocks,
+            self._recorder, progress,
+        )  # fmt: skip
+        self._queue = RequestQueue(num_blocks, self.max_num_seqs, config.prefill_chunk)
         self._tokenizer: Tokenizer | None = None
+        self._closed = False
         self._warm_up()
         self.load_s = time.perf_counter() - begin  # from opening the checkpoint until ready for prompts
+
+    @property
+    def model(self) -> Model:
+        return self._setup.model
+
+    @property
+    def topology(self) -> Topology:
+        return self._setup.topology
+
+    @property
+    def context(self) -> int:
+        """Positions per sequence, prompt and output, that fit."""
+        return self._setup.context
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self._setup.max_num_seqs
+
+    @property
+    def threads(self) -> int:
+        return self._setup.threads
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -116,9 +122,12 @@ class LLM:
     def stream(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Generator[tuple[str, RequestOutput], None, None]:
-        """Yields (new text, output so far) each time a prompt gets a token; left early, it frees what it held."""
-        self._check_idle()
+        """Yields (new text, output so far) each time a prompt gets a token; left early, it frees what it held.
+
+        Beforehand the schedule's forecast is made anew for these prompts, so that the trace has something to meet."""
         requests = self._requests(prompts, params)
+        self._check_idle()
+        self._forecast(requests)
         self._recorder.clear()
         for request in requests:
             self._queue.add(request)
@@ -130,12 +139,15 @@ class LLM:
                 request.finish("interrupted")
 
     def logits(self, token_ids: Sequence[int], chunk: int | None = None) -> torch.Tensor:
-        """Logits at every position of a prompt, float32 [tokens, vocab], computed in chunks of `chunk` tokens."""
+        """Logits at every position of a prompt, float32 [tokens, vocab], computed in chunks of `chunk` tokens.
+
+        The trace is of this afterwards."""
         self._check_idle()
+        self._recorder.clear()
         self._check_ids(token_ids, "the prompt")
         self._check_length(len(token_ids), 0, "the prompt")
         blocks = tuple(range(blocks_for(len(token_ids))))
-        size = chunk or self._chunk
+        size = chunk or self.model.prefill_chunk
         parts = []
         for at in range(0, len(token_ids), size):
             piece = Chunk(tuple(token_ids[at : at + size]), at, blocks, prompt=True, sample="all")
@@ -151,7 +163,7 @@ class LLM:
 
     @property
     def trace(self) -> Trace:
-        """What happened since the last `generate` or `stream` began."""
+        """What happened in the last `generate`, `stream` or `logits`."""
         notes = [f"{d.name} is simulated" for d in self.topology.devices if d.simulated and d.name in self._backends]
         return self._recorder.trace(self.schedule.devices_used(), notes)
 
@@ -161,6 +173,9 @@ class LLM:
         return {n: resident if b.host_memory else b.memory().peak for n, b in self._backends.items()}
 
     def close(self) -> None:
+        """Gives back weights, cache and files; the trace can still be read."""
+        self._closed = True
+        self._executor.close()
         self._checkpoint.close()
 
     def __enter__(self) -> LLM:
@@ -179,10 +194,14 @@ class LLM:
         self._recorder.clear()
 
     def _step(self, decision: Decision) -> Iterator[tuple[str, RequestOutput]]:
-        logits = self._executor.step(make_batch(decision.chunks), decision.phase)
-        self._queue.computed(decision)
         sampled = [r for r, c in zip(decision.requests, decision.chunks, strict=True) if c.sample]
-        shown = [(r, self._sample(r, row)) for r, row in zip(sampled, logits, strict=True)]
+        shown: list[tuple[Request, str]] = []
+
+        def sampler(logits: torch.Tensor) -> None:
+            self._queue.computed(decision)
+            shown.extend((r, self._sample(r, row)) for r, row in zip(sampled, logits, strict=True))
+
+        self._executor.step(make_batch(decision.chunks), decision.phase, sampler)
         self._queue.release_finished()
         for request, text in shown:
             yield text, request.output()
@@ -198,10 +217,12 @@ class LLM:
     def _requests(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Request]:
-        single = isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], (str, Sequence)))
-        every: list[Any] = [prompts] if single else list(prompts)
-        if not every:
+        if isinstance(prompts, bytes) or not isinstance(prompts, (str, Iterable)):
+            raise InvalidInput(f"prompts are text, token ids, or a list of these; not {type(prompts).__name__}")
+        given: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not given:
             raise InvalidInput("no prompts were given")
+        every = given if isinstance(given[0], (str, Iterable)) else [given]
         one = params or SamplingParams()
         chosen = [one] * len(every) if isinstance(one, SamplingParams) else list(one)
         if len(chosen) != len(every):
@@ -211,12 +232,24 @@ class LLM:
         return [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(every, chosen, strict=True))]
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
-        ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
+        if isinstance(prompt, bytes) or not isinstance(prompt, (str, Iterable)):
+            raise InvalidInput(f"prompt {index} is {prompt!r}; give text or token ids")
+        ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(_as_int(token, index) for token in prompt)
         self._check_ids(ids, f"prompt {index}")
         self._check_length(len(ids), params.max_tokens, f"prompt {index}")
         return Request(index, ids, params, self._text_stream(params), frozenset(self._eos()))
 
+    def _forecast(self, requests: Sequence[Request]) -> None:
+        """As many of the requests as run at once, all as long as the longest."""
+        prompt, new = max(len(r.prompt) for r in requests), max(r.params.max_tokens for r in requests)
+        work = Workload(prompt, new, min(len(requests), self.max_num_seqs))
+        if work != self.schedule.workload:
+            self.schedule = self._setup.forecast(work)
+
     def _check_idle(self) -> None:
+        if self._closed:
+            raise InvalidInput("this LLM is closed; open another one")
+        torch.set_num_threads(self.threads)  # another LLM of this process may have chosen otherwise
         if self._queue.running or self._queue.waiting:
             raise InvalidInput("an earlier stream is not at its end; read it to its end or close() it first")
 
@@ -232,8 +265,9 @@ class LLM:
     def _check_length(self, prompt: int, new: int, what: str) -> None:
         if prompt + new > self.context:
             raise InvalidInput(
-                f"{what} has {prompt} tokens and {new} new ones were asked for; the context holds {self.context} and "
-                f"{self.model.spec.name} allows {self.model.spec.max_positions}; shorten it or ask for fewer"
+                f"{what} has {prompt} tokens and {new} new ones were asked for; the context holds {self.context} "
+                f"(max_model_len, --context) and {self.model.spec.name} allows {self.model.spec.max_positions}; "
+                "shorten it, ask for fewer, or give it a longer context"
             )
 
     def _text_stream(self, params: SamplingParams) -> TextStream:
@@ -249,40 +283,8 @@ class LLM:
         return found | set(self._tokenizer.eos_token_ids) if self._tokenizer else found
 
 
-def _topology(
-    devices: DeviceManager | Topology | None, schedule: Schedule | None, memory: Mapping[str, str | int] | None
-) -> Topology:
-    """The devices to run on: those given, else this machine's together with a schedule's simulated ones."""
-    if isinstance(devices, Topology):
-        return devices
-    if devices is not None:
-        return devices.topology
-    here = DeviceManager(measure="never" if schedule is not None else "cached").topology
-    if schedule is None:
-        return here
-    known = {d.name for d in here.devices}
-    declared = [d for d in schedule.topology.devices if d.name not in known and _stands_in(d)]
-    links = [x for x in schedule.topology.links if {x.src, x.dst} <= known | {d.name for d in declared}]
-    return Topology((*here.devices, *declared), (*here.links, *links))
-
-
-def _stands_in(device: DeviceSpec) -> bool:
-    """Devices that any machine can play: simulated ones, and further shares of the host (cpu:1)."""
-    return device.kind in ("SIM", "CPU") and "/" not in device.name
-
-
-def _check_given(schedule: Schedule, model: Model, topology: Topology, work: Workload) -> None:
-    """A schedule that was made elsewhere or earlier must fit this model and what this machine has now."""
-    here = schedule.with_topology(topology.only(schedule.devices_used()))
-    here.validate(model.graph)
-    here.check_memory(model.graph, work)
-
-
-def _set_threads(threads: int | None, topology: Topology, schedule: Schedule) -> int:
-    """Threads that torch computes with: as asked, else the cores of the CPU devices in use."""
-    if threads is not None and not 1 <= threads <= 4096:
-        raise InvalidInput(f"threads is {threads}; it must be a whole number of at least 1")
-    cores = sum(topology.device(n).cores for n in schedule.devices_used() if topology.device(n).kind == "CPU")
-    count = threads or max(1, cores or torch.get_num_threads())
-    torch.set_num_threads(count)
-    return count
+def _as_int(token: Any, index: int) -> int:
+    """numpy's and torch's whole numbers as Python's."""
+    if isinstance(token, (bool, float)) or not hasattr(token, "__index__"):
+        raise InvalidInput(f"prompt {index} has token id {token!r}; token ids are whole numbers")
+    return operator.index(token)

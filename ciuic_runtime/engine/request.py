@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,6 +27,11 @@ class RequestOutput:
     seed: int
     first_token_s: float | None
     total_s: float
+
+
+def not_begun(index: int, prompt: Sequence[int]) -> RequestOutput:
+    """Of a prompt that was interrupted before its first token."""
+    return RequestOutput(index, tuple(prompt), (), "", "interrupted", 0, None, 0.0)
 
 
 @dataclass(slots=True)

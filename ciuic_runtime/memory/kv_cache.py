@@ -58,6 +58,10 @@ class KVCache:
             memory = allocate(layer, rows * values * dtype.itemsize)
             self._layers[layer] = memory.view(dtype).view(rows, values)
 
+    def clear(self) -> None:
+        """Lets go of the memory; nothing can be written or read after this."""
+        self._layers.clear()
+
     def write(self, layer: int, slots: torch.Tensor, entries: torch.Tensor) -> None:
         """entries [tokens, values] to slots [tokens] (block x BLOCK_TOKENS + offset)."""
         self._layers[layer][slots] = entries

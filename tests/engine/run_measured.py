@@ -27,11 +27,11 @@ def main(folder: str, dtype: str, prompt_tokens: int, new_tokens: int) -> None:
         prompt = [i * 7 % 250 for i in range(prompt_tokens)]
         llm.generate(prompt, SamplingParams(max_tokens=new_tokens, ignore_eos=True))
         graph = llm.model.graph
-    groups = [t for t in graph if t.num_experts]
-    unused = sum(page.nbytes for t in groups for e, page in enumerate(t.pages) if (t.name, e) not in touched)
-    if not llm.model.spec.tied_embeddings:
-        unused += graph.task("embedding").nbytes  # a few rows of it are read
-    say("done", weights=graph.nbytes, used=graph.nbytes - unused, cache=graph.kv_bytes_per_token * 512)
+        groups = [t for t in graph if t.num_experts]
+        unused = sum(page.nbytes for t in groups for e, page in enumerate(t.pages) if (t.name, e) not in touched)
+        if not llm.model.spec.tied_embeddings:
+            unused += graph.task("embedding").nbytes  # a few rows of it are read
+        say("done", weights=graph.nbytes, used=graph.nbytes - unused, cache=graph.kv_bytes_per_token * 512)
 
 
 def record_experts() -> set[tuple[str, int]]:

@@ -66,7 +66,7 @@ def run(folder: Path, topology: Topology, schedule: Schedule | None, dtype: str)
 def alone(request: pytest.FixtureRequest, tiny_v3: Path, here: Topology) -> tuple[str, torch.Tensor, list]:
     """What the host alone computes; in bfloat16 its weights are views of the file."""
     logits, tokens, trace = run(tiny_v3, here, None, request.param)
-    assert trace.lanes == ("cpu",)
+    assert trace.lanes == ("cpu", "host")  # tasks; sampling
     return request.param, logits, tokens
 
 
@@ -162,7 +162,7 @@ def test_events_nest_and_every_task_is_there(llm: LLM) -> None:
     trace = llm.trace
     check_lanes(trace)
     for number, step in enumerate(trace.steps):
-        assert {e.task for e in trace.events if e.step == number} == {t.name for t in llm.model.graph}
+        assert {e.task for e in trace.events if e.step == number} == {t.name for t in llm.model.graph} | {"sample"}
         assert step.end > step.start
     assert [s.phase for s in trace.steps] == ["prefill"] * 4 + ["decode"] * 11
     assert sum(s.tokens for s in trace.steps if s.phase == "prefill") == sum(map(len, PROMPTS))

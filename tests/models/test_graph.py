@@ -8,6 +8,7 @@ from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.models.config import load_spec, read_config
 from ciuic_runtime.models.graph import PREFILL_CHUNK, SCORE_ROWS, build_graph
 from ciuic_runtime.models.tensors import tensors
+from ciuic_runtime.schedulers import cost
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import Page, Step, Task, TaskGraph, Work
 
@@ -18,6 +19,13 @@ TINY = {
 
 # One operation and one byte per second: seconds are operations and bytes.
 UNIT = DeviceSpec("sim:0", "SIM", memory_bandwidth=1.0, matrix_rates={"bfloat16": 1.0})
+
+
+@pytest.fixture(autouse=True)
+def whole_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed forms are computed with the whole of a device's limits, not the share assumed by default."""
+    monkeypatch.setattr(cost, "ASSUMED_COMPUTE_UTILISATION", 1.0)
+    monkeypatch.setattr(cost, "ASSUMED_MEMORY_UTILISATION", 1.0)
 
 
 def work(name: str, task: str, step: Step) -> tuple[float, float]:
@@ -170,13 +178,11 @@ def test_working_memory_grows_with_the_context_of_one_sequence() -> None:
 
 
 def test_constants_are_those_of_the_engine() -> None:
-    from inspect import signature
-
-    from ciuic_runtime.engine.llm import LLM
+    from ciuic_runtime.engine.config import RuntimeConfig
     from ciuic_runtime.memory.kv_cache import BLOCK_TOKENS
     from ciuic_runtime.ops.attention import QUERY_ROWS
     from ciuic_runtime.schedulers.workload import CACHE_BLOCK_TOKENS
 
     assert QUERY_ROWS == SCORE_ROWS
-    assert signature(LLM).parameters["prefill_chunk"].default == PREFILL_CHUNK
+    assert RuntimeConfig().prefill_chunk == PREFILL_CHUNK
     assert BLOCK_TOKENS == CACHE_BLOCK_TOKENS

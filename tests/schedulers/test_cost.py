@@ -121,3 +121,15 @@ def test_experts_split_over_devices_add_up() -> None:
         parts.append(model.combine(task, CPU, step))
         for part in ("compute_s", "memory_s", "overhead_s"):
             assert sum(getattr(p, part) for p in parts) == pytest.approx(getattr(whole, part))
+
+
+def test_without_calibration_a_share_of_the_limits_is_assumed() -> None:
+    from ciuic_runtime.schedulers import cost
+
+    gpu = device("cuda:0")
+    assert gpu.memory_bandwidth is not None
+    assumed = CostModel(machine(gpu), "bfloat16")
+    assert assumed.bandwidth(gpu) == gpu.memory_bandwidth * cost.ASSUMED_MEMORY_UTILISATION < gpu.memory_bandwidth
+    assert assumed.matrix_rate(gpu) == gpu.matrix_rates["bfloat16"] * cost.ASSUMED_COMPUTE_UTILISATION
+    told = Calibration(compute_utilisation={"cuda:0": 0.9}, memory_utilisation={"cuda:0": 0.8})
+    assert CostModel(machine(gpu), "bfloat16", told).bandwidth(gpu) == gpu.memory_bandwidth * 0.8

@@ -1,0 +1,195 @@
+"""From what the user asked to what will be run: devices, schedule, context and batch that fit, and the forecast.
+Everything that can be refused is refused here, before a weight is read."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+from ciuic_runtime.devices.cpu import discover_cpus
+from ciuic_runtime.devices.errors import InvalidInput, OutOfMemory
+from ciuic_runtime.devices.manager import DeviceManager
+from ciuic_runtime.devices.spec import DeviceSpec, Topology
+from ciuic_runtime.devices.units import format_bytes
+from ciuic_runtime.engine.config import RuntimeConfig
+from ciuic_runtime.model import Model
+from ciuic_runtime.models.checkpoint import Checkpoint
+from ciuic_runtime.planning import plan
+from ciuic_runtime.schedulers.cost import CostModel
+from ciuic_runtime.schedulers.graph import TaskGraph
+from ciuic_runtime.schedulers.memory import capacity, limit_memory, memory_need
+from ciuic_runtime.schedulers.predict import predict
+from ciuic_runtime.schedulers.schedule import Schedule
+from ciuic_runtime.schedulers.workload import Workload
+
+log = logging.getLogger("ciuic")
+
+DEFAULT_CONTEXT = 4096
+DEFAULT_BATCH = 8
+SMALLEST_CONTEXT = 64
+
+
+@dataclass(frozen=True)
+class Setup:
+    model: Model
+    topology: Topology
+    schedule: Schedule
+    context: int  # positions per sequence
+    max_num_seqs: int
+    threads: int
+
+    def forecast(self, work: Workload) -> Schedule:
+        """The schedule with its forecast made anew for a workload; without one where a device's speed is not known."""
+        cost = CostModel(self.schedule.topology, self.model.format, workload=work)
+        schedule = replace(self.schedule, workload=work)
+        try:
+            return replace(schedule, predicted=predict(schedule, self.model.graph, cost))
+        except InvalidInput as error:
+            return replace(schedule, predicted=None, notes=(*schedule.notes, f"no forecast: {error}"))
+
+
+def set_up(
+    checkpoint: Checkpoint, config: RuntimeConfig, schedule: Schedule | None, devices: DeviceManager | Topology | None
+) -> Setup:
+    """Raises InvalidInput for what cannot be asked, OutOfMemory, with the figures, for what does not fit."""
+    spec = checkpoint.spec
+    if spec.why_not_runnable:
+        raise InvalidInput(spec.why_not_runnable)
+    if config.max_model_len is not None and config.max_model_len > spec.max_positions:
+        raise InvalidInput(
+            f"a context of {config.max_model_len} tokens was asked for; {spec.name} allows {spec.max_positions}"
+        )
+    model = Model(checkpoint.path, _format(config, schedule), spec, config.prefill_chunk)
+    topology = _with_threads(_topology(devices, schedule), config.threads)
+    if schedule is not None:
+        _check_not_decided_twice(config)
+        schedule = replace(schedule, policy="as given", candidates=(), notes=())
+        topology = limit_memory(topology, config.memory)
+    context, batch, schedule = _fit(model, topology, config, schedule)
+    cores = sum(topology.device(n).cores for n in schedule.devices_used() if topology.device(n).kind == "CPU")
+    threads = config.threads or max(1, cores or sum(d.cores for d in discover_cpus()))
+    setup = Setup(model, topology, schedule, context, batch, threads)
+    return replace(setup, schedule=setup.forecast(schedule.workload)) if schedule.policy == "as given" else setup
+
+
+def _fit(model: Model, topology: Topology, config: RuntimeConfig, given: Schedule | None) -> tuple[int, int, Schedule]:
+    """The context and batch asked for; where the user set none and they do not fit, the largest that do."""
+    work = config.workload or (given.workload if given else None)
+    asked = work.context if work else DEFAULT_CONTEXT
+    context = config.max_model_len or min(asked, model.spec.max_positions)
+    batch = config.max_num_seqs or (work.batch if work else DEFAULT_BATCH)
+    wanted = (context, batch)
+    while True:
+        try:
+            schedule = _schedule_for(_workload(work, context, batch), model, topology, config, given)
+            break
+        except OutOfMemory:
+            # The batch gives way first: a shorter context refuses prompts, a smaller batch only takes longer.
+            if config.max_num_seqs is None and batch > 1:
+                batch //= 2
+            elif config.max_model_len is None and work is None and context > SMALLEST_CONTEXT:
+                context = max(SMALLEST_CONTEXT, context // 2)
+            else:
+                raise
+    if (context, batch) != wanted:
+        log.warning(
+            "reduced to what fits in memory: context %d (asked %d), %d sequences at once (asked %d)",
+            context, wanted[0], batch, wanted[1],
+        )  # fmt: skip
+    return context, batch, schedule
+
+
+def _schedule_for(
+    work: Workload, model: Model, topology: Topology, config: RuntimeConfig, given: Schedule | None
+) -> Schedule:
+    if given is None:
+        schedule = plan(
+            model, topology, memory=config.memory, goal=config.goal or "latency", workload=work,
+            placement=config.placement,
+        )  # fmt: skip
+    else:
+        schedule = replace(given, workload=work, topology=topology.only(given.devices_used()))
+        schedule.validate(model.graph)
+        schedule.check_memory(model.graph, work)
+    _check_host(schedule, model.graph, work)
+    return schedule
+
+
+def _workload(work: Workload | None, context: int, batch: int) -> Workload:
+    if work is not None and work.context <= context:
+        return replace(work, batch=batch)
+    prompt = max(1, context * 3 // 4)
+    return Workload(prompt, max(1, context - prompt), batch)
+
+
+def _check_host(schedule: Schedule, graph: TaskGraph, work: Workload) -> None:
+    """CPUs and simulated devices, however they were declared, all live in this host's memory."""
+    need = memory_need(schedule, graph, work)
+    on_host = {name: n.total for name, n in need.items() if schedule.topology.device(name).kind in ("CPU", "SIM")}
+    room = sum(capacity(d) for d in discover_cpus())
+    if sum(on_host.values()) > room:
+        each = ", ".join(f"{format_bytes(n)} for {name}" for name, n in on_host.items())
+        raise OutOfMemory(
+            f"{graph.name} needs {format_bytes(sum(on_host.values()))} of this host's memory ({each}) and "
+            f"{format_bytes(room)} can be used; try a shorter context, fewer sequences at once, or a smaller model",
+            need=sum(on_host.values()), capacity=room,
+        )  # fmt: skip
+
+
+def _format(config: RuntimeConfig, schedule: Schedule | None) -> str:
+    if schedule is None:
+        return config.dtype
+    if config.dtype not in ("auto", schedule.model.format):
+        raise InvalidInput(
+            f"dtype {config.dtype} was asked for and the schedule is for {schedule.model.format}; plan again with "
+            f"--format {config.dtype}, or leave the dtype out"
+        )
+    return schedule.model.format
+
+
+def _check_not_decided_twice(config: RuntimeConfig) -> None:
+    if config.placement is not None or config.goal is not None:
+        raise InvalidInput(
+            "a schedule was given together with a placement or a goal, but it says already what goes where; "
+            "leave one of them out, or plan again with the rules and save that"
+        )
+
+
+def _topology(devices: DeviceManager | Topology | None, schedule: Schedule | None) -> Topology:
+    """The devices to run on: those given, else this machine's together with those that a schedule declares and any
+    machine can play."""
+    if devices is None:
+        devices = DeviceManager(path=None)
+    here = devices if isinstance(devices, Topology) else devices.topology
+    if schedule is None:
+        return here
+    known = {d.name for d in here.devices}
+    declared = [d for d in schedule.topology.devices if d.name not in known and _stands_in(d)]
+    links = [x for x in schedule.topology.links if {x.src, x.dst} & {d.name for d in declared}]
+    names = known | {d.name for d in declared}
+    return Topology((*here.devices, *declared), (*here.links, *(x for x in links if {x.src, x.dst} <= names)))
+
+
+def _stands_in(device: DeviceSpec) -> bool:
+    """Simulated devices, and further shares of the host (cpu:1)."""
+    return device.kind in ("SIM", "CPU") and "/" not in device.name
+
+
+def _with_threads(topology: Topology, threads: int | None) -> Topology:
+    """CPU rates at the number of threads in use: bandwidth as measured with them, matrix rates in proportion."""
+    return replace(topology, devices=tuple(_at_threads(d, threads) for d in topology.devices))
+
+
+def _at_threads(device: DeviceSpec, threads: int | None) -> DeviceSpec:
+    if device.kind != "CPU" or not threads or not device.threads or threads >= device.threads:
+        return device
+    share = threads / device.threads
+    bandwidth = device.memory_bandwidth_by_threads.get(threads) or (device.memory_bandwidth or 0) * share or None
+    return replace(
+        device,
+        threads=threads,
+        memory_bandwidth=bandwidth,
+        matrix_rates={dtype: rate * share for dtype, rate in device.matrix_rates.items()},
+        matrix_vector_rates={dtype: rate * share for dtype, rate in device.matrix_vector_rates.items()},
+        basis="estimated",
+    )
