@@ -281,3 +281,79 @@ def test_a_schedule_for_another_model_is_refused(
     assert done.code == 2
     assert "schedule" in done.err
     assert "Traceback" not in done.err
+
+
+def test_an_interrupted_batch_shows_every_prompt(
+    ciuic, here_toml: Path, tiny_v3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ciuic_runtime.engine.llm import LLM
+
+    steps = []
+    step = LLM._step
+
+    def interrupted(self: LLM, decision: Any) -> Any:
+        steps.append(decision)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return step(self, decision)
+
+    monkeypatch.setattr(LLM, "_step", interrupted)
+    arguments = ("run", tiny_v3, "--prompt", "Hello", "--prompt", "x", "--ignore-eos", "--devices", here_toml)
+    done = ciuic(*arguments)
+    assert done.code == 130
+    assert "--- prompt 0" in done.out
+    assert "--- prompt 1" in done.out
+    steps.clear()
+    report = ciuic(*arguments, "--json")
+    assert report.code == 130
+    assert [o["finish_reason"] for o in report.json["outputs"]] == ["interrupted"] * 2
+    assert [len(o["token_ids"]) for o in report.json["outputs"]] == [2, 2]
+    steps[:] = [None, None]  # before the first token
+    nothing = ciuic(*arguments, "--json").json
+    assert [o["prompt_token_ids"] for o in nothing["outputs"]] == [list(b"Hello"), list(b"x")]
+    assert nothing["token_ids"] == []
+
+
+def test_a_chat_goes_on_after_an_answer_was_stopped_at_once(
+    ciuic, here_toml: Path, smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ciuic_runtime.engine.llm import LLM
+
+    questions = iter(["Hello", "What is the capital of France?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(questions))
+    step, calls = LLM._step, []
+
+    def interrupted(self: LLM, decision: Any) -> Any:
+        calls.append(decision)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return step(self, decision)
+
+    monkeypatch.setattr(LLM, "_step", interrupted)
+    done = ciuic("chat", smollm2, "--max-tokens", "12", "--devices", here_toml, "--json")
+    assert done.code == 0
+    messages = done.json["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant"]
+    assert "Paris" in messages[1]["content"]
+
+
+def test_odd_surroundings(tmp_path: Path, here_toml: Path, tiny_v3: Path) -> None:
+    command = [sys.executable, "-m", "ciuic_runtime.cli"]
+    run = [*command, "run", str(tiny_v3), "--prompt", "-", "--devices", str(here_toml), "--temperature", "1"]
+    plain = {**os.environ, "PYTHONIOENCODING": "ascii", "CIUIC_LOG": "nonsense"}
+    ascii_only = subprocess.run(run, input=b"H\xc3\xa9llo\n", capture_output=True, env=plain, timeout=120)
+    assert ascii_only.returncode == 0, ascii_only.stderr
+    not_text = subprocess.run(run, input=b"\xff\xfe", capture_output=True, timeout=120)
+    assert not_text.returncode == 2
+    assert b"UTF-8" in not_text.stderr
+    closed = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *run], capture_output=True, timeout=120)
+    assert closed.returncode == 2
+    assert b"Traceback" not in closed.stderr + ascii_only.stderr + not_text.stderr
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60)
+    assert version.stdout.startswith("ciuic ")
+    if os.path.exists("/dev/full"):
+        full = ["sh", "-c", 'exec "$@" >/dev/full', "sh", *command, "doctor"]
+        done = subprocess.run(full, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        assert "No space left" in done.stderr
+        assert "Traceback" not in done.stderr

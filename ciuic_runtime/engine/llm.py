@@ -234,7 +234,11 @@ class LLM:
     def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         if isinstance(prompt, bytes) or not isinstance(prompt, (str, Iterable)):
             raise InvalidInput(f"prompt {index} is {prompt!r}; give text or token ids")
-        ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(_as_int(token, index) for token in prompt)
+        ids = (
+            tuple(self.tokenizer.encode(prompt))
+            if isinstance(prompt, str)
+            else tuple(_as_int(token, index) for token in prompt)
+        )
         self._check_ids(ids, f"prompt {index}")
         self._check_length(len(ids), params.max_tokens, f"prompt {index}")
         return Request(index, ids, params, self._text_stream(params), frozenset(self._eos()))

@@ -69,7 +69,9 @@ def set_up(
     cores = sum(topology.device(n).cores for n in schedule.devices_used() if topology.device(n).kind == "CPU")
     threads = config.threads or max(1, cores or sum(d.cores for d in discover_cpus()))
     setup = Setup(model, topology, schedule, context, batch, threads)
-    return replace(setup, schedule=setup.forecast(schedule.workload)) if schedule.policy == "as given" else setup
+    expected = replace(config.workload or schedule.workload, batch=batch)
+    stale = schedule.policy == "as given" or schedule.workload != expected
+    return replace(setup, schedule=setup.forecast(expected)) if stale else setup
 
 
 def _fit(model: Model, topology: Topology, config: RuntimeConfig, given: Schedule | None) -> tuple[int, int, Schedule]:
@@ -116,10 +118,9 @@ def _schedule_for(
 
 
 def _workload(work: Workload | None, context: int, batch: int) -> Workload:
-    if work is not None and work.context <= context:
-        return replace(work, batch=batch)
-    prompt = max(1, context * 3 // 4)
-    return Workload(prompt, max(1, context - prompt), batch)
+    """What memory must hold: `batch` sequences that fill the context, with as many new tokens as are expected."""
+    new = min(work.max_tokens if work else context // 4, context - 1) or 1
+    return Workload(max(1, context - new), new, batch)
 
 
 def _check_host(schedule: Schedule, graph: TaskGraph, work: Workload) -> None:
