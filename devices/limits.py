@@ -18,7 +18,7 @@ from ciuic_runtime.devices.files import write_whole
 from ciuic_runtime.devices.spec import DeviceSpec
 
 log = logging.getLogger(__name__)
-MEASURE_VERSION = 1  # part of every fingerprint: raise it when a figure's meaning changes
+MEASURE_VERSION = 2  # part of every fingerprint: raise it when a figure's meaning changes
 
 Fact = str | int | float | bool
 
@@ -33,6 +33,7 @@ class Limits:
     matrix_rates: Mapping[str, float] = field(default_factory=dict)  # dtype -> flop/s
     matrix_vector_rates: Mapping[str, float] = field(default_factory=dict)  # dtype -> weight bytes/s
     launch_overhead: float | None = None  # s
+    matrix_launch_overhead: Mapping[str, float] = field(default_factory=dict)  # dtype -> s
     threads: int = 0
     facts: Mapping[str, Fact] = field(default_factory=dict)
 
@@ -54,7 +55,7 @@ class Limits:
 
 _RATES = (
     "memory_bandwidth", "memory_bandwidth_by_threads", "bandwidth_by_access", "matrix_rates", "matrix_vector_rates",
-    "launch_overhead", "threads",
+    "launch_overhead", "matrix_launch_overhead", "threads",
 )  # fmt: skip
 
 
@@ -113,6 +114,7 @@ def _from_json(entry: Mapping[str, Any]) -> Limits:
         matrix_rates={str(k): _positive(v) for k, v in entry["matrix_rates"].items()},
         matrix_vector_rates={str(k): _positive(v) for k, v in entry["matrix_vector_rates"].items()},
         launch_overhead=None if overhead is None else _positive(overhead),
+        matrix_launch_overhead={str(k): _positive(v) for k, v in entry["matrix_launch_overhead"].items()},
         threads=int(entry["threads"]),
         facts=dict(entry["facts"]),
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -53,8 +53,9 @@ def measure_device(spec: DeviceSpec, seconds: float = 6.0, progress: Progress | 
         backend = open_backend(spec)
         left = max(1.0, seconds - (time.perf_counter() - start))  # torch itself took up to two seconds to load
         matrix, matrix_spread = matrix_rates(backend, left * 0.4)
-        vector, vector_spread = matrix_vector_rates(backend, left * 0.55)
+        vector, vector_spread = matrix_vector_rates(backend, left * 0.5)
         overhead, overhead_spread = launch_overhead(backend, left * 0.05)
+        products = matrix_launch_overhead(backend, matrix, left * 0.05)
     facts: dict[str, Fact] = {**limits.facts, "spread_launch_overhead": overhead_spread}
     facts |= {f"spread_matrix_{k}": v for k, v in matrix_spread.items()}
     facts |= {f"spread_matrix_vector_{k}": v for k, v in vector_spread.items()}
@@ -63,6 +64,7 @@ def measure_device(spec: DeviceSpec, seconds: float = 6.0, progress: Progress | 
         matrix_rates=matrix,
         matrix_vector_rates=vector,
         launch_overhead=overhead,
+        matrix_launch_overhead=products,
         threads=spec.cores,
         facts=facts,
     )
@@ -146,6 +148,26 @@ def _one_row_products(buffers: Sequence[torch.Tensor], dtype: str) -> list[Calla
     weights = [w for b in buffers for w in b.view(kind).view(-1, *WEIGHT)]
     row = torch.ones(1, WEIGHT[1], dtype=kind, device=buffers[0].device)
     return [lambda w=w: linear(row, w) for w in weights]  # type: ignore[misc]
+
+
+def matrix_launch_overhead(
+    backend: Backend, dtypes: Iterable[str], seconds: float, calls: int = 20
+) -> dict[str, float]:
+    """Median seconds of a product of one row with a matrix too small to count, by dtype: what each call costs."""
+    import torch
+
+    found = {}
+    chosen = [d for d in dtypes if d != "int8"]
+    for dtype in chosen:
+        row = torch.ones(1, 256, device=backend.torch_device, dtype=getattr(torch, dtype))
+        weight = torch.ones(256, 256, device=backend.torch_device, dtype=getattr(torch, dtype))
+
+        def many(row: torch.Tensor = row, weight: torch.Tensor = weight) -> None:
+            for _ in range(calls):
+                torch.nn.functional.linear(row, weight)
+
+        found[dtype] = statistics.median(_repeat(backend, many, seconds / len(chosen))) / calls
+    return found
 
 
 def launch_overhead(backend: Backend, seconds: float, calls: int = 100) -> tuple[float, float]:

@@ -31,6 +31,7 @@ class DeviceSpec:
     matrix_vector_rates: Mapping[str, float] = field(default_factory=dict)  # dtype -> weight bytes/s at one row
     bandwidth_by_access: Mapping[int, float] = field(default_factory=dict)  # disk: bytes per read -> bytes/s
     launch_overhead: float | None = None  # s per operator call, measured; None: not known
+    matrix_launch_overhead: Mapping[str, float] = field(default_factory=dict)  # dtype -> s per small matrix product
     cores: int = 0  # cores this process may use
     threads: int = 0  # threads the rates above were measured with; 0: not applicable
     isa: tuple[str, ...] = ()  # instruction sets that matter: avx2, avx512_vnni, amx_bf16, neon, ...

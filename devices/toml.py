@@ -255,7 +255,7 @@ _DTYPE = f"dtype ({', '.join(_DTYPES)})"
 _DEVICE_NAME = _text('a name such as "cpu", "cpu:1", "cuda:0", "sim:0", "disk" or "node1/cuda:0"', _NAME)
 _RATE_KEYS = (
     "memory_bandwidth", "memory_bandwidth_by_threads", "bandwidth_by_access", "matrix_rates", "matrix_vector_rates",
-    "launch_overhead",
+    "launch_overhead", "matrix_launch_overhead",
 )  # fmt: skip
 _DEVICE_KEYS: dict[str, Key] = {
     "name": _DEVICE_NAME,
@@ -269,6 +269,7 @@ _DEVICE_KEYS: dict[str, Key] = {
     "matrix_rates": _mapping(_DTYPE, _read_dtype, _COMPUTE),
     "matrix_vector_rates": _mapping(_DTYPE, _read_dtype, _BANDWIDTH),
     "launch_overhead": _number(0, 10, "seconds"),
+    "matrix_launch_overhead": _mapping(_DTYPE, _read_dtype, _number(0, 10, "seconds")),
     "cores": _count(1, 65536, "cores"),
     "threads": _count(1, 65536, "threads"),
     "isa": Key('a list of instruction sets such as ["avx2", "avx512f"]', _read_names),

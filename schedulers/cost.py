@@ -86,10 +86,13 @@ class CostModel:
         weights = (work.bytes_fixed if tokens else 0.0) + work.bytes_per_expert * experts
         other = work.bytes_per_token * tokens + work.bytes_per_position * step.positions
         launches += work.launches_per_expert * experts + work.launches_per_sequence * step.sequences
+        products = float(work.products) if tokens else 0.0
+        products += work.products_per_expert * experts + work.products_per_sequence * step.sequences
         return Cost(
             compute_s=share * flops / self.matrix_rate(device),
             memory_s=weights / self.weight_bandwidth(device, tokens) + share * other / self.bandwidth(device),
-            overhead_s=launches * self.launch_overhead(device),
+            overhead_s=launches * self.launch_overhead(device)
+            + products * device.matrix_launch_overhead.get(self.dtype, 0.0),
         )
 
     def transfer(self, src: str, dst: str, nbytes: float) -> float:

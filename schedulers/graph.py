@@ -59,6 +59,9 @@ class Work:
     launches: int = 1  # operator calls, each with the device's launch overhead
     launches_per_expert: int = 0
     launches_per_sequence: int = 0
+    products: int = 0  # of the calls, matrix products, each with the device's further overhead for one
+    products_per_expert: int = 0
+    products_per_sequence: int = 0
     per_sequence: bool = False  # computed only for the last token of sequences that are sampled (the head)
 
     def rows(self, step: Step) -> int:

@@ -47,6 +47,7 @@ class _Builder:
             name: sum(t.num_parameters for t in members if t.is_matrix)
             for name, members in tensors_by_page(spec).items()
         }
+        self.matrices = {name: sum(t.is_matrix for t in members) for name, members in tensors_by_page(spec).items()}
         self.row = spec.hidden_size * self.size  # bytes of one token's residual
         self.tasks: list[Task] = []
 
@@ -101,6 +102,7 @@ class _Builder:
             bytes_per_expert=pages[0].nbytes,
             launches=COMBINE_LAUNCHES,
             launches_per_expert=EXPERT_LAUNCHES,
+            products_per_expert=self.matrices[pages[0].name],
         )
         return self._add(
             name + "experts", "experts", layer, work, after=tuple(after), pages=pages,
@@ -124,6 +126,7 @@ class _Builder:
             bytes_fixed=self.pages[page].nbytes,
             bytes_per_token=self.row + 4.0 * self.spec.vocab_size,
             launches=2,
+            products=1,
             per_sequence=True,
         )
         out = 4.0 * self.spec.vocab_size
@@ -144,6 +147,7 @@ class _Builder:
             bytes_per_position=2.0 * self.spec.num_kv_heads * dim * self.size,
             launches=ATTENTION_LAUNCHES,
             launches_per_sequence=ATTENTION_LAUNCHES_PER_SEQUENCE,
+            products=self.matrices[name],
         )
         return work, work
 
@@ -158,17 +162,20 @@ class _Builder:
             "bytes_per_position": float(mla.latent_dim * self.size),
             "launches_per_sequence": ATTENTION_LAUNCHES_PER_SEQUENCE,
             "launches": ATTENTION_LAUNCHES,
+            "products": self.matrices[name] - 1,  # all but the expansion
         }
         others = 2.0 * self.parameters[name] - expand
         prefill = Work(
             flops_per_token=others,
             flops_per_pair=2.0 * heads * (mla.qk_dim + mla.value_dim),
             flops_per_position=expand,
+            products_per_sequence=1,
             **common,  # type: ignore[arg-type]
         )
         decode = Work(
             flops_per_token=others + expand,
             flops_per_pair=2.0 * heads * (mla.latent_dim + mla.kv_rank),
+            products_per_sequence=4,  # query in, scores, values, result out
             **common,  # type: ignore[arg-type]
         )
         return prefill, decode
@@ -179,6 +186,7 @@ class _Builder:
             bytes_fixed=self.pages[page].nbytes,
             bytes_per_token=3.0 * self.row,
             launches=launches,
+            products=self.matrices[page],
         )
 
     def _add(

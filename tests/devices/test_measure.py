@@ -59,6 +59,8 @@ def test_everything_is_measured_and_threads_are_put_back(spec: DeviceSpec) -> No
         assert sensible(dict(rates))
     assert found.launch_overhead is not None
     assert 1e-8 < found.launch_overhead < 1e-2
+    assert set(found.matrix_launch_overhead) >= {"float32", "bfloat16"}
+    assert all(1e-8 < seconds < 1e-1 for seconds in found.matrix_launch_overhead.values())
     assert found.threads == spec.cores
     assert {"bandwidth_by", "spread_memory_bandwidth", "spread_matrix_float32"} <= set(found.facts)
     assert len(said) == 2
@@ -176,6 +178,7 @@ def test_a_damaged_cache_is_ignored_and_rewritten(tmp_path: Path, content: str) 
         {"threads": None},
         {"memory_bandwidth_by_threads": {"x": 1.0}},
         {"launch_overhead": 0},
+        {"matrix_launch_overhead": {"float32": "slow"}},
     ],
 )
 def test_a_damaged_entry_is_measured_again(

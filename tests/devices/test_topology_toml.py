@@ -39,6 +39,7 @@ def devices(draw: st.DrawFn) -> DeviceSpec:
         matrix_vector_rates=draw(st.dictionaries(dtypes, rates)),
         bandwidth_by_access=draw(st.dictionaries(st.integers(1, 10**9), rates, max_size=3)),
         launch_overhead=draw(st.none() | st.floats(0, 1)),
+        matrix_launch_overhead=draw(st.dictionaries(dtypes, st.floats(0, 1))),
         cores=draw(st.integers(0, 512)),
         threads=draw(st.integers(0, 512)),
         isa=tuple(draw(st.lists(texts, max_size=3))),
