@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# torch's threads wait for each other in a busy loop by default. With one other busy process on the machine that makes
-# decoding ten times slower (benchmarks/results: thread waiting); asleep they cost microseconds. Read when torch loads.
+# torch's threads wait for each other in a busy loop by default. With one other busy process on two cores that made
+# decoding two to ten times slower; waiting asleep costs a tenth of the speed on an idle machine (benchmarks/results,
+# thread waiting). Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {

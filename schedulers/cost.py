@@ -29,9 +29,10 @@ class Calibration:
     basis: Literal["measured", "estimated"] = "estimated"
 
 
-# What the torch path reached of a CPU's raw limits on two small models (benchmarks/results, against transformers):
-# a sixth to two thirds of the matrix rate, two fifths to three quarters of the bandwidth. Assumed for every device.
-ASSUMED_COMPUTE_UTILISATION = 1 / 3
+# What torch's operators reach of a CPU's raw limits on two small models, call overheads apart (benchmarks/results,
+# against transformers): a third to four fifths of the matrix rate, about two thirds of the bandwidth. Assumed for
+# every device that was not calibrated.
+ASSUMED_COMPUTE_UTILISATION = 1 / 2
 ASSUMED_MEMORY_UTILISATION = 2 / 3
 # Where a device says nothing of its own launch overhead; estimated.
 ASSUMED_LAUNCH_OVERHEAD = {"CPU": 5e-6, "GPU": 8e-6, "SIM": 0.0}  # s
