@@ -53,7 +53,8 @@ def read_config(source: str | Path | Mapping[str, Any], name: str | None = None)
     fields = Fields(read_json_object(path), str(path))
     generation = path.parent / "generation_config.json"
     beside = Fields(read_json_object(generation), str(generation)) if generation.exists() else None
-    return _spec(fields, name or path.absolute().parent.name or path.stem, beside)
+    folder = path.absolute().parent.name
+    return _spec(fields, name or (folder if path.name == "config.json" and folder else path.stem), beside)
 
 
 def _exists(path: Path) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ciuic_runtime.devices.errors import InvalidInput
-from ciuic_runtime.models.config import known_names, load_spec, read_config
+from ciuic_runtime.models.config import KNOWN_FOLDER, known_names, load_spec, read_config
 from ciuic_runtime.models.spec import MlaSpec, ModelSpec, RopeSpec
 
 LLAMA: dict[str, Any] = {
@@ -386,3 +386,13 @@ def _outcome(config: dict[str, Any]) -> ModelSpec | str:
         return read_config(config)
     except InvalidInput as error:
         return str(error)
+
+
+def test_a_model_is_named_after_its_folder_or_its_file(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    text = (KNOWN_FOLDER / "deepseek-v3.json").read_text()
+    (folder / "config.json").write_text(text)
+    (folder / "other.json").write_text(text)
+    assert load_spec(folder).name == load_spec(folder / "config.json").name == "my-model"
+    assert load_spec(folder / "other.json").name == "other"

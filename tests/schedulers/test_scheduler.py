@@ -43,6 +43,11 @@ def devices_of(schedule: Schedule, layer: int) -> set[str]:
 # Exact rules
 
 
+def test_add_task_takes_one_at_a_time() -> None:
+    with pytest.raises(InvalidInput, match="one layer or task at a time, not a tuple"):
+        planner(CPU_AND_GPU).add_task(MODEL.layers[:2], "cpu")  # type: ignore[arg-type]
+
+
 def test_add_task_is_an_exact_rule() -> None:
     scheduler = planner()
     for layer in MODEL.layers:
