@@ -78,8 +78,9 @@ class TaskScheduler:
 
     def add_task(self, task: Layer | Task, device: DeviceSpec | str, graph: TaskGraph | None = None) -> None:
         """Puts a layer (or a single task of `graph`) exactly there; a later call overrides an earlier one."""
-        if not isinstance(task, (Layer, Task)):
-            what = type(task).__name__
+        given: object = task  # what people pass is not always what the signature says
+        if not isinstance(given, (Layer, Task)):
+            what = type(given).__name__
             raise InvalidInput(f"add_task takes one layer or task at a time, not a {what}; call it for each")
         graph = task.graph if isinstance(task, Layer) else graph or self._graph
         if graph is None:
