@@ -57,6 +57,7 @@ class _Clock:
         self.schedule, self.graph, self.cost = schedule, graph, cost
         self.devices = {d.name: d for d in schedule.topology.devices}
         self.experts = {task.name: _experts_by_device(schedule, task) for task in graph if task.num_experts}
+        self.host = next((d for d in schedule.devices_used() if self.devices[d].kind == "CPU"), None)
         self.now = 0.0
         self.events: list[Event] = []
         self.infos: list[StepInfo] = []
@@ -73,6 +74,8 @@ class _Clock:
             else:
                 self._experts(task, home, spread, step)
             self.where[task.name] = {home}
+        if self.host is not None:  # where tokens are sampled
+            self._fetch((self.graph.tasks[-1].name,), self.host, step)
         self.infos.append(StepInfo(step.phase, step.tokens, step.sequences, start, self.now))
 
     def _experts(self, task: Task, home: str, spread: dict[str, list[int]], step: Step) -> None:

@@ -92,5 +92,5 @@ def test_perfetto_reads_forecast_and_actual_without_errors(tmp_path: Path, tiny_
         assert found["errors"] == []
         counts = {row[0]: row[1] for row in found["slices"]}
         assert counts["layers.3.attention"] == 8
-        assert counts["head"] == 8
+        assert counts["head"] == 16  # computed on sim:0, copied to where tokens are sampled
         assert {row[0] for row in found["lanes"]} == {e.lane for e in trace.events} >= {"cpu", "sim:0", "cpu -> sim:0"}

@@ -157,6 +157,10 @@ class _Run:
         x_name, router, *added = i.task.after
         home = i.device
         ids, weights = self._fetch(router, home)
+        if i.experts.keys() == {home}:
+            x, inputs = self._fetch(x_name, home), [self._fetch(name, home) for name in added]
+            whole: torch.Tensor = self._launch(i, home, _all_experts, x, ids, i.experts[home], weights, inputs)
+            return whole
         placed = []
         for device, mine in i.experts.items():
             here = None if len(i.experts) == 1 else _rows_of(ids, mine)
@@ -233,6 +237,13 @@ def _expert_rows(
     rows = x.new_empty(ids.numel(), x.shape[1])
     experts(x, ids, mine, rows)
     return rows if here is None else rows[here.to(x.device)]
+
+
+def _all_experts(
+    x: torch.Tensor, ids: torch.Tensor, mine: Mapping[int, Weights], weights: torch.Tensor, added: list[torch.Tensor]
+) -> torch.Tensor:
+    """Where one device has them all and the router too."""
+    return _combine([(None, _expert_rows(x, ids, mine, None))], weights, added)
 
 
 def _combine(

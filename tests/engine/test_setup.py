@@ -133,3 +133,25 @@ def test_ids_of_other_libraries_are_taken(tiny_v3: Path, here: ciuic.Topology) -
         for wrong in (None, b"abc", 7, [["a"], [1]], ["a", 5]):
             with pytest.raises(ciuic.InvalidInput):
                 llm.generate(wrong, params)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("split", [0, 1, 2, 4])
+def test_forecast_and_actual_are_the_same_events_in_the_same_order(
+    tiny_v3: Path, two_devices: ciuic.Topology, split: int
+) -> None:
+    """So that planned against actual is one picture: tasks and copies, step by step, lane by lane."""
+    model, work = ciuic.Model(tiny_v3), ciuic.Workload(20, 5)
+    scheduler = ciuic.TaskScheduler(two_devices, workload=work)
+    for i, layer in enumerate(model.layers):
+        scheduler.add_task(layer, "cpu" if i < split else "sim:0")
+    schedule = scheduler.schedule()
+    cost = ciuic.CostModel(schedule.topology, model.format, workload=work)
+    forecast = ciuic.simulate(schedule, model.graph, cost)
+    with ciuic.LLM(tiny_v3, schedule=schedule, devices=two_devices) as llm:
+        llm.generate(list(range(20)), ciuic.SamplingParams(max_tokens=5, ignore_eos=True))
+        actual = llm.trace
+    shown = [[(e.step, e.task, e.lane, e.kind) for e in t.events if e.kind != "sample"] for t in (forecast, actual)]
+    assert shown[0] == shown[1]
+    assert [(s.phase, s.tokens, s.sequences) for s in forecast.steps] == [
+        (s.phase, s.tokens, s.sequences) for s in actual.steps
+    ]
