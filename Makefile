@@ -27,7 +27,7 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow and not browser and not gpu" --durations=10
 
 test-all: lint .venv/.browser
-	$(BIN)/python -m pytest -m "not gpu" --durations=20
+	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -m "not gpu" --durations=20
 
 lint: .venv/.test build/typing
 	$(BIN)/ruff check .

@@ -9,6 +9,10 @@ class CiuicError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str) -> None:
+        """What a file or a user put into the message cannot break the line or steer the terminal."""
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
 
 class InvalidInput(CiuicError, ValueError):
     """What was asked cannot be done as asked: a bad file, option, rule or prompt; exit code 2."""

@@ -14,9 +14,17 @@ import pytest
 os.environ["CIUIC_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"ciuic-test-cache-{os.getuid()}")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from hypothesis import settings
+
 from ciuic_runtime.devices.manager import DeviceManager
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.models.random_checkpoint import write_random_checkpoint
+
+# `make test` draws the same examples every time, so that the gate says something about the change and not about luck;
+# `make test-all` searches on.
+settings.register_profile("gate", derandomize=True)
+settings.register_profile("search", derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 
 TINY_V3 = {
     "model_type": "deepseek_v3", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128,
