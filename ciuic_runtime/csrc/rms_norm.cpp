@@ -68,7 +68,7 @@ void rms_norm(uintptr_t x, uintptr_t w, uintptr_t y, int64_t rows, int64_t n, fl
 
 }  // namespace
 
-NB_MODULE(_kernels, m) {
+void bind_rms_norm(nb::module_& m) {
     m.def("rms_norm_f32", &rms_norm<Float32>);
     m.def("rms_norm_bf16", &rms_norm<BFloat16>);
 }

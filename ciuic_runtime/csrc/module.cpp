@@ -1,0 +1,8 @@
+// The operators' CPU kernels as one Python module; each source file binds its own.
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+void bind_rms_norm(nb::module_& m);
+
+NB_MODULE(_kernels, m) { bind_rms_norm(m); }
