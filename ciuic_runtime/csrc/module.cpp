@@ -3,6 +3,10 @@
 
 namespace nb = nanobind;
 
+void bind_pack(nb::module_& m);
 void bind_rms_norm(nb::module_& m);
 
-NB_MODULE(_kernels, m) { bind_rms_norm(m); }
+NB_MODULE(_kernels, m) {
+    bind_pack(m);
+    bind_rms_norm(m);
+}
