@@ -1,0 +1,107 @@
+"""The peer: llama.cpp's own benchmark programs, run on the same machine and read by their JSON.
+
+Building it (outside this checkout; its source is vendored in a package of the registry, version 0.3.36):
+
+    pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36
+    tar xzf llama_cpp_python-0.3.36.tar.gz && cd llama_cpp_python-0.3.36/vendor/llama.cpp
+    cmake -G Ninja -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_UI=OFF \\
+        -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_CURL=OFF \\
+        -DLLAMA_OPENSSL=OFF -DBUILD_SHARED_LIBS=OFF .
+    ninja -C build llama-bench llama-batched-bench
+
+Then give the benchmarks `--peer build/bin` and `--gguf FILE` (written by `make_model.py gguf`). Alone:
+
+    python benchmarks/peer.py --peer build/bin --gguf FILE      decode, context 1024, batch 16, prefill, memory"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from process import Finished, run_watched
+from rounds import Measured, Report, Sample, common_arguments, take_turns
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`folder` holds llama-bench and llama-batched-bench. Flash attention on, weights repacked, the file read into
+    memory rather than mapped (else both the file and its repacked copy count)."""
+
+    folder: Path
+    gguf: Path
+    threads: int
+
+    def decode(self, tokens: int = 32, context: int = 0, repeats: int = 3) -> Sample:
+        return self._bench("-p", "0", "-n", str(tokens), "-d", str(context), "-r", str(repeats))
+
+    def prefill(self, tokens: int = 512, repeats: int = 2) -> Sample:
+        return self._bench("-p", str(tokens), "-n", "0", "-r", str(repeats))
+
+    def batch(self, sequences: int = 16, prompt: int = 16, tokens: int = 32) -> Sample:
+        size = sequences * (prompt + tokens)
+        done = run_watched(
+            [str(self.folder / "llama-batched-bench"), "-m", str(self.gguf), "-t", str(self.threads), "-fa", "on",
+             "-lm", "none", "-c", str(size), "-b", "2048", "-ub", "512", "-npp", str(prompt), "-ntg", str(tokens),
+             "-npl", str(sequences), "--output-format", "jsonl"]
+        )  # fmt: skip
+        [row] = _rows(done)
+        return Sample(row["speed_tg"], {"peak": done.peak})
+
+    def _bench(self, *options: str) -> Sample:
+        done = run_watched(
+            [str(self.folder / "llama-bench"), "-m", str(self.gguf), "-t", str(self.threads), "-fa", "on", "-lm",
+             "none", "-o", "jsonl", *options]
+        )  # fmt: skip
+        [row] = _rows(done)
+        return Sample(statistics.median(row["samples_ts"]), {"peak": done.peak})
+
+
+def _rows(done: Finished) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
+
+
+def add_peer_arguments(parser: argparse.ArgumentParser) -> None:
+    folder, file = os.environ.get("CIUIC_PEER"), os.environ.get("CIUIC_PEER_GGUF")
+    parser.add_argument("--peer", type=Path, default=folder, help="folder with llama-bench (CIUIC_PEER)")
+    parser.add_argument("--gguf", type=Path, default=file, help="the peer's model (CIUIC_PEER_GGUF)")
+
+
+def peer_from(args: argparse.Namespace) -> Peer | None:
+    """None where no peer was given: ours is then measured against the wall only."""
+    if args.peer is None or args.gguf is None:
+        return None
+    if not (args.peer / "llama-bench").exists():
+        raise SystemExit(f"no llama-bench in {args.peer}; `peer.py --help` says how to build it")
+    return Peer(args.peer.absolute(), args.gguf, args.threads)
+
+
+def main() -> None:
+    parser = common_arguments(__doc__, rounds=3)
+    add_peer_arguments(parser)
+    args = parser.parse_args()
+    peer = peer_from(args)
+    if peer is None:
+        raise SystemExit("give --peer and --gguf")
+    report = Report("llama.cpp alone", args.out)
+    cases = {
+        "decode, batch 1, empty context": peer.decode,
+        "decode, batch 1, context 1024": lambda: peer.decode(context=1024),
+        "decode, batch 16": peer.batch,
+        "prefill, 512 tokens": peer.prefill,
+    }
+    for name, run in cases.items():
+        found: Measured = take_turns({"llama.cpp": run}, args.rounds, args.threads)
+        report.line(
+            f"{name:34} {found.median('llama.cpp'):8.2f} tok/s  spread {found.spread('llama.cpp'):.0%}  "
+            f"peak {found.fact('llama.cpp', 'peak') / 1e9:.2f} GB  {found}; {found.limits}"
+        )
+    report.save()
+
+
+if __name__ == "__main__":
+    main()
