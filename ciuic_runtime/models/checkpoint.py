@@ -1,4 +1,4 @@
-"""What every source of weights offers, and which reader opens a path: a Hugging Face folder or a GGUF file.
+"""What every source of weights offers, and which reader opens a path: a Hugging Face or packed folder or a GGUF file.
 Knows no file format itself."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ciuic_runtime.devices.errors import InvalidInput
+from ciuic_runtime.models.config_fields import read_json_object
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.models.tensors import TensorSpec
 
@@ -34,8 +35,12 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a Hugging Face folder or a `.gguf` file; raises InvalidInput for anything else."""
+    """Opens a Hugging Face folder, a packed one or a `.gguf` file; raises InvalidInput for anything else."""
     path = Path(path)
+    if path.is_dir() and _is_packed(path):
+        from ciuic_runtime.models.packed_checkpoint import PackedCheckpoint
+
+        return PackedCheckpoint(path)
     if path.is_dir():
         from ciuic_runtime.models.safetensors_checkpoint import SafetensorsCheckpoint
 
@@ -49,3 +54,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"no checkpoint at {path}; give a folder with config.json and *.safetensors, or a .gguf file"
         )
     raise InvalidInput(f"{path} is neither a checkpoint folder nor a .gguf file")
+
+
+def _is_packed(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and "ciuic" in read_json_object(config)

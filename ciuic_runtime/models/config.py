@@ -12,6 +12,7 @@ from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models.config_deepseek import read_deepseek, read_deepseek_v4
 from ciuic_runtime.models.config_fields import Fields, read_json_object
 from ciuic_runtime.models.config_rope import read_rope
+from ciuic_runtime.models.layout import LAYOUT_VERSION, PACKED_FORMATS
 from ciuic_runtime.models.spec import DTYPE_BYTES, ModelSpec
 
 KNOWN_FOLDER = Path(__file__).parent / "known"
@@ -114,6 +115,7 @@ def _common(fields: Fields, name: str, generation: Fields | None, defaults: _Def
         "tied_embeddings": fields.flag("tie_word_embeddings", False),
         "dtype": _dtype(fields),
         "fp8_block": _fp8_block(fields),
+        "packed": _packed(fields),
         "bos_token_id": bos[0] if bos else None,
         "eos_token_ids": eos,
     }
@@ -139,6 +141,17 @@ def _fp8_block(fields: Fields) -> tuple[int, int] | None:
     if not isinstance(block, list) or len(block) != 2 or any(type(b) is not int or not 1 <= b <= 2**20 for b in block):
         raise quantisation.wrong("weight_block_size", "it must be a list of two sizes, such as [128, 128]")
     return block[0], block[1]
+
+
+def _packed(fields: Fields) -> str:
+    """The format of a packed folder; one of a layout that this version does not know is refused."""
+    packed = fields.section("ciuic")
+    if packed is None:
+        return ""
+    known = f"this runtime reads layout version {LAYOUT_VERSION}; pack the model again, or use a newer version of it"
+    if packed.values.get("layout_version") != LAYOUT_VERSION:
+        raise packed.wrong("layout_version", known)
+    return packed.choice("format", (*PACKED_FORMATS, "bfloat16"), what=known)
 
 
 def _llama(fields: Fields, common: dict[str, Any]) -> ModelSpec:

@@ -36,6 +36,11 @@ class StoredTensor:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name; InvalidInput naming file and fault if it is damaged."""
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors by name, and what the file says about itself."""
     text, size = _header_text(path)
     entries = _parse(path, text)
     metadata = entries.pop("__metadata__", {})
@@ -44,7 +49,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     start = 8 + len(text)
     stored = {name: _stored(path, name, entry, start) for name, entry in entries.items()}
     _check_layout(path, stored, start, size)
-    return stored
+    return stored, metadata
 
 
 def _damaged(path: Path, problem: str) -> InvalidInput:

@@ -120,6 +120,7 @@ class ModelSpec:
     mlp_bias: bool = False
     dtype: str = "bfloat16"  # of the checkpoint's unquantised tensors
     fp8_block: tuple[int, int] | None = None  # weights are e4m3 with one scale per block of this size
+    packed: str = ""  # the format that `ciuic pack` put the weights into: int4; "" for any other checkpoint
     num_mtp_layers: int = 0  # multi-token-prediction layers in the checkpoint; recognised and left out
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

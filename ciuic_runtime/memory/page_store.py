@@ -1,0 +1,203 @@
+"""A packed folder, opened for reading: which file holds which page, and pages read past the page cache into buffers.
+Every page is checked as it is read; what its bytes mean is the layout's business.
+
+On disk a packed folder is a checkpoint folder: `config.json` (with a section "ciuic" that says how it is packed),
+tokenizer, and safetensors files with one U8 tensor per page, each at a multiple of 4096 bytes and as long as its
+layout says. The files' metadata holds a checksum per page, which is bound to the page's name; the config holds one of
+all of them, so that files of two models are never taken for one."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+from ciuic_runtime.devices.errors import InvalidInput
+from ciuic_runtime.models.config import read_config
+from ciuic_runtime.models.config_fields import read_json_object
+from ciuic_runtime.models.layout import LAYOUT_VERSION, PAGE_ALIGN, page_layout
+from ciuic_runtime.models.safetensors_header import MAX_HEADER_BYTES, StoredTensor, read_header_and_metadata
+from ciuic_runtime.models.spec import ModelSpec
+from ciuic_runtime.models.tensors import tensors_by_page
+
+INDEX = "model.safetensors.index.json"
+FORMAT_KEY, VERSION_KEY, CHECKSUM_KEY = "ciuic_format", "ciuic_layout_version", "xxh3_128 "  # in a file's metadata
+_MAX_READ = 1 << 30  # bytes at a time; a multiple of PAGE_ALIGN
+
+
+def checksum(page: str, data: torch.Tensor) -> str:
+    """XXH3-128 of the bytes, seeded with the page's name: the bytes of another page do not have it."""
+    return xxhash.xxh3_128_hexdigest(data.numpy().data, seed=xxhash.xxh3_64_intdigest(page.encode()))
+
+
+def checksum_of_all(checksums: Iterable[str]) -> str:
+    """Of the pages' checksums in the order of a forward pass."""
+    return xxhash.xxh3_128_hexdigest(" ".join(checksums).encode())
+
+
+class PageStore:
+    """`read_page` may be called from many threads at once, which then read at the same time."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder)
+        self.spec: ModelSpec = read_config(self.path / "config.json")
+        if not self.spec.packed:
+            raise InvalidInput(f"{self.path} is not packed; pack it with: ciuic pack {self.path} OUT --format int4")
+        self.format: str = self.spec.packed
+        self._stored = _stored_pages(self.path, self.spec)
+        self.pages: Mapping[str, int] = {name: page.tensor.nbytes for name, page in self._stored.items()}  # bytes
+        self._files: dict[Path, _File] = {}
+        self._opening = threading.Lock()
+
+    def read_page(self, name: str, into: torch.Tensor) -> None:
+        """Fills `into` (uint8 [nbytes] on the host, page aligned for best speed) with the page, checked.
+
+        Raises InvalidInput, naming page and file, where the file is cut short or the bytes are not this page's."""
+        if name not in self._stored:
+            raise InvalidInput(f"{self.path} has no page {name!r}; pages are like {next(iter(self._stored))}")
+        page = self._stored[name]
+        assert into.numel() == page.tensor.nbytes, f"{name} has {page.tensor.nbytes} bytes, not {into.numel()}"
+        self._file(page.tensor.file).read(page.tensor.begin, into, name)
+        if checksum(name, into) != page.checksum:
+            raise InvalidInput(
+                f"{page.tensor.file} is damaged: page {name} does not have the checksum it was packed with; "
+                "copy the file again from where it came, or pack the model again"
+            )
+
+    def close(self) -> None:
+        with self._opening:
+            self._files.clear()
+
+    def _file(self, path: Path) -> _File:
+        with self._opening:
+            if path not in self._files:
+                self._files[path] = _File(path)
+            return self._files[path]
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredPage:
+    tensor: StoredTensor
+    checksum: str
+
+
+class _File:
+    """One opened file, read with O_DIRECT where file system, offset and buffer allow it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._direct = path, -1
+        try:
+            self._plain = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise InvalidInput(f"{path} cannot be opened: {error.strerror}") from error
+        try:
+            self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        except (OSError, AttributeError):  # the file system, or the system, does not have it
+            self._direct = -1
+
+    def __del__(self) -> None:
+        for handle in (getattr(self, "_plain", -1), self._direct):
+            if handle >= 0:
+                os.close(handle)
+
+    def read(self, offset: int, into: torch.Tensor, page: str) -> None:
+        view = into.numpy().data
+        aligned = offset % PAGE_ALIGN == 0 and into.data_ptr() % PAGE_ALIGN == 0 and len(view) % PAGE_ALIGN == 0
+        try:
+            if aligned and self._direct >= 0:
+                try:
+                    done = _read(self._direct, offset, view)
+                except OSError:  # some file systems accept the flag and refuse the read
+                    done = _read(self._plain, offset, view)
+            else:
+                done = _read(self._plain, offset, view)
+        except OSError as error:
+            raise InvalidInput(f"{self._path} cannot be read at page {page}: {error.strerror}") from error
+        if done != len(view):
+            raise InvalidInput(
+                f"{self._path} has become shorter since it was opened: page {page} ends {len(view) - done} bytes "
+                "early; copy the file again"
+            )
+
+
+def _read(handle: int, offset: int, view: memoryview) -> int:
+    """Bytes read; fewer than asked for only at the end of the file."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(handle, [view[done : done + _MAX_READ]], offset + done)
+        if not count:
+            break
+        done += count
+    return done
+
+
+# What is in the folder
+
+
+def _stored_pages(folder: Path, spec: ModelSpec) -> dict[str, _StoredPage]:
+    """Every page of the model in the order of a forward pass, from headers alone."""
+    found: dict[str, _StoredPage] = {}
+    for file in _files(folder):
+        tensors, metadata = read_header_and_metadata(file)
+        _check_file(file, metadata, spec.packed)
+        for name, tensor in tensors.items():
+            if name in found:
+                raise InvalidInput(
+                    f"{file} and {found[name].tensor.file.name} both hold page {name}; remove one of them"
+                )
+            found[name] = _StoredPage(tensor, metadata.get(CHECKSUM_KEY + name, ""))
+    expected = tensors_by_page(spec)
+    if missing := [name for name in expected if name not in found]:
+        raise InvalidInput(
+            f"{folder} lacks {len(missing)} pages of {spec.name}, {missing[0]} first; copy all its files"
+        )
+    for name in expected:
+        _check_page(name, found[name], page_layout(spec, name, spec.packed).nbytes)
+    pages = {name: found[name] for name in expected}
+    _check_whole(folder, pages)
+    return pages
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    weight_map = read_json_object(index, MAX_HEADER_BYTES).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or any(not isinstance(n, str) or n != Path(n).name for n in names):
+        raise InvalidInput(f"{index}: weight_map does not say which files beside it hold the pages; copy it again")
+    files = [folder / name for name in sorted(set(names))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise InvalidInput(f"{folder} lacks {len(missing)} of {len(files)} files, {missing[0]} first; copy them too")
+    return files
+
+
+def _check_file(file: Path, metadata: Mapping[str, str], format: str) -> None:
+    version, held = metadata.get(VERSION_KEY, "none"), metadata.get(FORMAT_KEY, "none")
+    if version != str(LAYOUT_VERSION):
+        raise InvalidInput(
+            f"{file} has pages of layout version {version}, this runtime reads version {LAYOUT_VERSION}; "
+            "pack the model again, or use the version of this package that packed it"
+        )
+    if held != format:
+        raise InvalidInput(f"{file} holds pages in {held}, config.json says {format}; the files belong to two packings")
+
+
+def _check_page(name: str, page: _StoredPage, nbytes: int) -> None:
+    tensor = page.tensor
+    if tensor.dtype != "U8" or tensor.nbytes != nbytes:
+        raise InvalidInput(
+            f"{tensor.file}: page {name} is {tensor.dtype} of {tensor.nbytes} bytes; the model asks for U8 of {nbytes}"
+        )
+    if not page.checksum:
+        raise InvalidInput(f"{tensor.file}: page {name} has no checksum; pack the model again")
+
+
+def _check_whole(folder: Path, pages: Mapping[str, _StoredPage]) -> None:
+    """That config.json and all files come from one packing."""
+    section = read_json_object(folder / "config.json").get("ciuic", {})
+    if section.get("checksum") != checksum_of_all(page.checksum for page in pages.values()):
+        raise InvalidInput(f"{folder}: its files come from different packings; copy all of them from one")
