@@ -3,10 +3,12 @@
 
 namespace nb = nanobind;
 
+void bind_operators(nb::module_& m);
 void bind_pack(nb::module_& m);
 void bind_rms_norm(nb::module_& m);
 
 NB_MODULE(_kernels, m) {
+    bind_operators(m);
     bind_pack(m);
     bind_rms_norm(m);
 }

@@ -1,0 +1,188 @@
+// Multi-head latent attention with residual (DeepSeek-V2, section 2.1). Prompt tokens are computed in the expanded form:
+// keys and values of a block are made from its latents, head by head, and never kept. Generated tokens are computed in
+// the absorbed form: the expansion moves to the query and behind the attention, and all heads share the latent row.
+
+// Columns [offset, offset + take) of a block's cache entries, widened to float32.
+inline void latents_of(const uint16_t* cache, int64_t width, const Sequence& s, int64_t block, int64_t positions,
+                         int64_t take, int64_t offset, float* to, int64_t ld) {
+    const uint16_t* from = cache + s.blocks[block] * kBlock * width + offset;
+    for (int64_t p = 0; p < positions; ++p) widen_row(from + p * width, take, to + p * ld);
+}
+
+// Step 1: queries, and the latent and rotated key of every token to the cache.
+inline void mla_project(Context c, const MlaWeights& w, const Rope& rope, const Batch& batch, const float* x,
+                        uint16_t* cache, float* q) {
+    const int64_t n = batch.rows, qk = w.nope + w.rope, width = w.kv_rank + w.rope;
+    const Matrix& first = w.q_a.data ? w.q_a : w.q;
+    const Rows ready = take_rows(*c.arena, first, n);
+    fill_rows(c, ready, x, n, first.columns);
+    float* kv = c.arena->take<float>(n * width);
+    linear_from(c, w.kv_a, w.kv_a_bias, ready, n, nullptr, kv);
+    if (w.q_a.data) {
+        float* latent = c.arena->take<float>(n * w.q_a.rows);
+        linear_from(c, w.q_a, w.q_a_bias, ready, n, nullptr, latent);
+        for_rows(c, n, w.q_a.rows, [&](int64_t r) {
+            norm_row(latent + r * w.q_a.rows, w.q_a_norm, w.q_a.rows, w.norm_eps, latent + r * w.q_a.rows);
+        });
+        const Rows inner = take_rows(*c.arena, w.q_b, n);
+        fill_rows(c, inner, latent, n, w.q_a.rows);
+        linear_from(c, w.q_b, nullptr, inner, n, nullptr, q);
+    } else {
+        linear_from(c, w.q, nullptr, ready, n, nullptr, q);
+    }
+    for_rows(c, n, w.heads * w.rope * 4 + width, [&](int64_t r) {
+        float* mine = kv + r * width;
+        norm_row(mine, w.kv_a_norm, w.kv_rank, w.norm_eps, mine);
+        rotate(rope, batch.positions[r], mine + w.kv_rank);
+        fill_bf16(cache + batch.slots[r] * width, mine, width);
+        for (int64_t h = 0; h < w.heads; ++h) rotate(rope, batch.positions[r], q + (r * w.heads + h) * qk + w.nope);
+    });
+}
+
+// Prompt tokens of the sequences: a head's keys and values are expanded block by block, for all rows of a unit at once.
+inline void mla_expanded(Context c, const MlaWeights& w, const Batch& batch, const uint16_t* cache, const float* q,
+                         float* mixed) {
+    const int64_t qk = w.nope + w.rope, width = w.kv_rank + w.rope, value_ld = round_up(w.value, 16);
+    const int64_t nope_ld = round_up(w.nope, 16);
+    const Units units = share_out(c, batch, w.heads, true);
+    // Latents made ready once per sequence, for every head: [context] rows each.
+    Rows* latents = c.arena->take<Rows>(batch.num_sequences);
+    for (int64_t i = 0; i < batch.num_sequences; ++i) {
+        const Sequence& s = batch.sequences[i];
+        if (!s.prompt) continue;
+        const int64_t context = s.position + s.length;
+        latents[i] = take_rows(*c.arena, w.k_b, context);
+        parallel(c, (context + kBlock - 1) / kBlock, [&](int64_t block, int thread) {
+            const int64_t positions = context - block * kBlock < kBlock ? context - block * kBlock : kBlock;
+            float* wide = static_cast<float*>(c.pool->scratch(thread, kBlock * w.kv_rank * sizeof(float)));
+            latents_of(cache, width, s, block, positions, w.kv_rank, 0, wide, w.kv_rank);
+            for (int64_t p = 0; p < positions; ++p)
+                fill_row(latents[i], block * kBlock + p, 0, w.kv_rank, wide + p * w.kv_rank);
+        });
+    }
+    const int64_t chunk = block_scratch(w.k_b, kBlock);  // product() uses the start of the thread's scratch
+    parallel(c, units.count, [&](int64_t i, int thread) {
+        const Unit u = units.unit[i];
+        const Sequence& s = batch.sequences[u.sequence];
+        const int64_t rows = u.rows;
+        const int64_t floats = rows * (value_ld + 2) + kBlock * (qk + 2 * value_ld + nope_ld + w.rope);
+        char* memory = static_cast<char*>(c.pool->scratch(thread, chunk + floats * sizeof(float) + 64));
+        float* result = reinterpret_cast<float*>(memory + chunk);
+        KeyValues kv{result + rows * value_ld, nullptr, qk, value_ld, value_ld};
+        kv.values = kv.keys + qk * kBlock;
+        float *nope = kv.values + kBlock * value_ld, *roped = nope + kBlock * nope_ld;
+        Running* state = reinterpret_cast<Running*>(roped + kBlock * w.rope);
+        std::memset(kv.values, 0, kBlock * value_ld * sizeof(float));
+        const Matrix k_b = w.k_b.at(u.head), v_b = w.v_b.at(u.head);
+        const float* mine = q + ((s.start + u.row) * w.heads + u.head) * qk;
+        attend(mine, w.heads * qk, rows, kv, w.scale, [&](int64_t r) { return s.position + u.row + r; },
+               [&](int64_t block, int64_t positions) {
+                   const Rows latent = block_of(latents[u.sequence], block * kBlock);
+                   product(c, thread, k_b, latent, positions, 0, w.nope, nope, nope_ld);
+                   product(c, thread, v_b, latent, positions, 0, w.value, kv.values, value_ld);
+                   latents_of(cache, width, s, block, positions, w.rope, w.kv_rank, roped, w.rope);
+                   turn_keys(nope, nope_ld, positions, w.nope, kv.keys);
+                   turn_keys(roped, w.rope, positions, w.rope, kv.keys + w.nope * kBlock);
+               },
+               state, result);
+        for (int64_t r = 0; r < rows; ++r)
+            std::memcpy(mixed + ((s.start + u.row + r) * w.heads + u.head) * w.value, result + r * value_ld,
+                        w.value * sizeof(float));
+    });
+}
+
+// Generated tokens of the sequences.
+inline void mla_absorbed(Context c, const MlaWeights& w, const Batch& batch, const uint16_t* cache, const float* q,
+                         float* mixed) {
+    const int64_t qk = w.nope + w.rope, width = w.kv_rank + w.rope, rank_ld = round_up(w.kv_rank, 16);
+    int64_t* row_of = c.arena->take<int64_t>(batch.rows);
+    int64_t count = 0;
+    for (int64_t i = 0; i < batch.num_sequences; ++i)
+        for (int64_t r = 0; !batch.sequences[i].prompt && r < batch.sequences[i].length; ++r)
+            row_of[count++] = batch.sequences[i].start + r;
+    // Step 2: the query in latent space, head by head: [rows, heads, kv_rank + rope].
+    float* absorbed = c.arena->take<float>(batch.rows * w.heads * width);
+    Rows* inputs = c.arena->take<Rows>(w.heads);
+    Rows* outputs = c.arena->take<Rows>(w.heads);
+    for (int64_t h = 0; h < w.heads; ++h) {
+        inputs[h] = take_rows(*c.arena, w.k_b_absorbed, count);
+        outputs[h] = take_rows(*c.arena, w.v_b, count);
+    }
+    parallel(c, w.heads, [&](int64_t h, int thread) {
+        for (int64_t i = 0; i < count; ++i) fill_row(inputs[h], i, 0, w.nope, q + (row_of[i] * w.heads + h) * qk);
+        float part[kPartFloats];
+        const int64_t step = kPartFloats / w.kv_rank;
+        for (int64_t i = 0; i < count; i += step) {
+            const int64_t n = count - i < step ? count - i : step;
+            product(c, thread, w.k_b_absorbed.at(h), block_of(inputs[h], i), n, 0, w.kv_rank, part, w.kv_rank);
+            for (int64_t r = 0; r < n; ++r) {
+                float* to = absorbed + (row_of[i + r] * w.heads + h) * width;
+                std::memcpy(to, part + r * w.kv_rank, w.kv_rank * sizeof(float));
+                std::memcpy(to + w.kv_rank, q + (row_of[i + r] * w.heads + h) * qk + w.nope, w.rope * sizeof(float));
+            }
+        }
+    });
+    // Step 3: attention of some heads of a sequence over its latents.
+    float* latent = c.arena->take<float>(batch.rows * w.heads * w.kv_rank);
+    int64_t sequences = 0;
+    for (int64_t i = 0; i < batch.num_sequences; ++i) sequences += !batch.sequences[i].prompt;
+    const int64_t wanted = 2 * c.pool->threads() / (sequences < 1 ? 1 : sequences);
+    int64_t group = (w.heads + (wanted < 1 ? 1 : wanted) - 1) / (wanted < 1 ? 1 : wanted);
+    group = group < 4 ? 4 : group;
+    const int64_t parts = (w.heads + group - 1) / group;
+    parallel(c, batch.num_sequences * parts, [&](int64_t i, int thread) {
+        const Sequence& s = batch.sequences[i / parts];
+        if (s.prompt) return;
+        const int64_t head = i % parts * group, heads = w.heads - head < group ? w.heads - head : group;
+        const int64_t wide_ld = round_up(width, 16);
+        const int64_t floats = heads * (rank_ld + 2) + kBlock * (width + wide_ld);
+        float* result = static_cast<float*>(c.pool->scratch(thread, floats * sizeof(float)));
+        // Values are the first columns of the widened entries.
+        KeyValues kv{result + heads * rank_ld, nullptr, width, rank_ld, wide_ld};
+        kv.values = kv.keys + kBlock * width;
+        Running* state = reinterpret_cast<Running*>(kv.values + kBlock * wide_ld);
+        for (int64_t t = 0; t < s.length; ++t) {  // a token's heads share its position
+            const int64_t row = s.start + t;
+            attend(absorbed + (row * w.heads + head) * width, width, heads, kv, w.scale,
+                   [&](int64_t) { return s.position + t; },
+                   [&](int64_t block, int64_t positions) {
+                       latents_of(cache, width, s, block, positions, width, 0, kv.values, wide_ld);
+                       std::memset(kv.values + positions * wide_ld, 0, (kBlock - positions) * wide_ld * sizeof(float));
+                       turn_keys(kv.values, wide_ld, positions, width, kv.keys);
+                   },
+                   state, result);
+            for (int64_t h = 0; h < heads; ++h)
+                std::memcpy(latent + (row * w.heads + head + h) * w.kv_rank, result + h * rank_ld,
+                            w.kv_rank * sizeof(float));
+        }
+    });
+    // Step 4: each head's values from its latent.
+    parallel(c, w.heads, [&](int64_t h, int thread) {
+        for (int64_t i = 0; i < count; ++i)
+            fill_row(outputs[h], i, 0, w.kv_rank, latent + (row_of[i] * w.heads + h) * w.kv_rank);
+        float part[kPartFloats];
+        const int64_t step = kPartFloats / w.value;
+        for (int64_t i = 0; i < count; i += step) {
+            const int64_t n = count - i < step ? count - i : step;
+            product(c, thread, w.v_b.at(h), block_of(outputs[h], i), n, 0, w.value, part, w.value);
+            for (int64_t r = 0; r < n; ++r)
+                std::memcpy(mixed + (row_of[i + r] * w.heads + h) * w.value, part + r * w.value, w.value * sizeof(float));
+        }
+    });
+}
+
+inline void mla(Context c, const MlaWeights& w, const Rope& rope, const Batch& batch, const float* x,
+                const float* residual, uint16_t* cache, float* out) {
+    c.arena->reset();
+    const int64_t n = batch.rows;
+    float* q = c.arena->take<float>(n * w.heads * (w.nope + w.rope));
+    float* mixed = c.arena->take<float>(n * w.heads * w.value);
+    mla_project(c, w, rope, batch, x, cache, q);
+    bool prompts = false, generated = false;
+    for (int64_t i = 0; i < batch.num_sequences; ++i) (batch.sequences[i].prompt ? prompts : generated) = true;
+    if (prompts) mla_expanded(c, w, batch, cache, q, mixed);
+    if (generated) mla_absorbed(c, w, batch, cache, q, mixed);
+    const Rows joined = take_rows(*c.arena, w.o, n);
+    fill_rows(c, joined, mixed, n, w.heads * w.value);
+    linear_from(c, w.o, w.o_bias, joined, n, residual, out);
+}
