@@ -259,6 +259,26 @@ def chat(
         _print_json({"schema_version": 1, "messages": messages})
 
 
+@app.command()
+def pack(
+    model: CheckpointArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; what is unfinished is in OUT.partial")],
+    format: Annotated[str, typer.Option("--format", help="int4, int8 or bf16")] = "int4",
+    threads: Threads = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model's weights in fewer bits, as they are computed with; an interrupted packing can be gone on with."""
+    from ciuic_runtime.packing import pack as pack_model
+    from ciuic_runtime.show import pack_summary, progress_bar
+
+    try:
+        with progress_bar("packing") as progress:
+            report = pack_model(model, out, format, threads, progress)
+    except KeyboardInterrupt:
+        raise _Stopped(f"interrupted; the same command goes on with what is in {out}.partial") from None
+    _result(as_json, report.to_dict(), lambda: pack_summary(report))
+
+
 def _version(asked: bool) -> None:
     if asked:
         from ciuic_runtime import __version__
@@ -307,6 +327,12 @@ def _exit_code(arguments: list[str]) -> int:
         text = f"{type(error).__name__}: {error} (a mistake of ours; CIUIC_DEBUG=1 shows where)"
         return _fail(as_json, error, text, EXIT_FAILED)
     return code if isinstance(code, int) else 0
+
+
+class _Stopped(CiuicError):
+    """Ctrl-C came before there was anything to show; the message says how to go on."""
+
+    exit_code = EXIT_INTERRUPTED
 
 
 class _Interrupted(Exception):
@@ -379,11 +405,11 @@ def _open(
 ) -> Iterator[LLM]:  # fmt: skip
     """The model, loaded with a progress bar on the terminal; a line says what was planned."""
     import ciuic_runtime as ciuic
-    from ciuic_runtime.show import loading_bar, plan_line
+    from ciuic_runtime.show import plan_line, progress_bar
 
     saved = ciuic.Schedule.from_json(schedule) if schedule else None
     hw = _hardware(devices) if devices or not saved else None
-    with loading_bar() as progress:
+    with progress_bar("loading") as progress:
         llm = ciuic.LLM(
             model, schedule=saved, placement=_placement(placement), memory=_budgets(memory), devices=hw,
             max_model_len=context, progress=progress, **options,

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ciuic_runtime.devices.units import format_bytes
+from ciuic_runtime.devices.units import format_bytes, format_rate
 
 if TYPE_CHECKING:
     from ciuic_runtime.doctor import Check
     from ciuic_runtime.engine.llm import LLM
+    from ciuic_runtime.packing import PackReport
     from ciuic_runtime.schedulers.schedule import Schedule
 
 
@@ -56,14 +57,29 @@ def run_summary(llm: LLM, report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def pack_summary(report: PackReport) -> str:
+    """What was written, how fast, and how many bits a weight takes where."""
+    kinds = ", ".join(f"{name} {bits:.3g}" for name, bits in report.bits_per_weight.items() if name != "all")
+    kept = f" ({report.pages_kept} of them kept from before)" if report.pages_kept else ""
+    return "\n".join(
+        [
+            f"{report.path}: {report.pages} pages{kept}, {format_bytes(report.nbytes)} in {report.format} from "
+            f"{format_bytes(report.source_nbytes)}",
+            f"took {report.seconds:.1f} s: {format_rate(report.read_rate, 'B/s')} packed, "
+            f"{format_rate(report.write_rate, 'B/s')} written",
+            f"{report.bits_per_weight['all']:.3g} bits per weight: {kinds}",
+        ]
+    )
+
+
 @contextmanager
-def loading_bar() -> Iterator[Callable[[int, int], None]]:
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with rate and time left on a terminal; nothing elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(file=sys.stderr)
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -54,6 +54,10 @@ class PageStore:
         self._files: dict[Path, _File] = {}
         self._opening = threading.Lock()
 
+    @property
+    def files(self) -> set[Path]:
+        return {page.tensor.file for page in self._stored.values()}
+
     def read_page(self, name: str, into: torch.Tensor) -> None:
         """Fills `into` (uint8 [nbytes] on the host, page aligned for best speed) with the page, checked.
 

@@ -21,6 +21,14 @@ class Checkpoint(Protocol):
     path: Path
     spec: ModelSpec
 
+    @property
+    def files(self) -> set[Path]:
+        """The files that its tensors lie in."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors of the model, as they lie there."""
+
     def load(self, tensor: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
         """The tensor in `dtype` and in the shape the spec asks for, on the host.
 
@@ -30,6 +38,12 @@ class Checkpoint(Protocol):
 
     def is_mapped(self, tensor: TensorSpec, dtype: torch.dtype) -> bool:
         """Whether `load` would return a view of the file instead of fresh memory."""
+
+    def prefetch(self, tensor: TensorSpec) -> None:
+        """Says that the tensor will be loaded soon: the system begins to read the file ahead."""
+
+    def release(self, tensor: TensorSpec) -> None:
+        """Says that what was loaded is done with: bytes of the file stop counting as this process's memory."""
 
     def close(self) -> None: ...
 

@@ -15,6 +15,7 @@ from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models.gguf_config import gguf_config
 from ciuic_runtime.models.gguf_file import GgufFile, GgufTensor, open_gguf
 from ciuic_runtime.models.gguf_names import Source, find_source
+from ciuic_runtime.models.mapping import advise
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.models.tensors import TensorSpec, tensors
 
@@ -40,6 +41,15 @@ class GgufCheckpoint:
         for tensor in tensors(self.spec):
             self._check(tensor)
 
+    @property
+    def files(self) -> set[Path]:
+        return {file.path for file in self._files.values()}
+
+    @property
+    def nbytes(self) -> int:
+        names = {name for tensor in tensors(self.spec) for name, _ in self._source(tensor).parts}
+        return sum(self._stored(name).nbytes for name in names)
+
     def load(self, tensor: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
         source = self._source(tensor)
         parts = [self._read(name, source.expert, dtype) for name, _ in source.parts]
@@ -54,9 +64,23 @@ class GgufCheckpoint:
         name = source.parts[0][0]
         return len(source.parts) == 1 and not source.permuted_heads and _PLAIN.get(self._stored(name).type) == dtype
 
+    def prefetch(self, tensor: TensorSpec) -> None:
+        self._advise(tensor, "MADV_WILLNEED")
+
+    def release(self, tensor: TensorSpec) -> None:
+        self._advise(tensor, "MADV_DONTNEED")
+
     def close(self) -> None:
         """Forgets the file; it stays mapped for as long as tensors loaded from it live."""
         self._files.clear()
+
+    def _advise(self, tensor: TensorSpec, advice: str) -> None:
+        source = self._source(tensor)
+        for name, _ in source.parts:
+            stored = self._stored(name)
+            each = stored.nbytes if source.expert is None else stored.nbytes // stored.shape[0]
+            begin = stored.offset + (source.expert or 0) * each
+            advise(self._files[name].data, advice, begin, begin + each)
 
     def _stored(self, name: str) -> GgufTensor:
         return self._files[name].tensors[name]

@@ -26,6 +26,14 @@ class PackedCheckpoint:
         self._latest: tuple[str, torch.Tensor] | None = None  # a page's tensors are asked for one after another
         self._reading = threading.Lock()
 
+    @property
+    def files(self) -> set[Path]:
+        return self.store.files
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.store.pages.values())
+
     def read_page(self, page: str, into: torch.Tensor) -> None:
         """Fills `into` (uint8 [page_layout(spec, page, format).nbytes], on the host) with the page, checked."""
         self.store.read_page(page, into)
@@ -37,6 +45,12 @@ class PackedCheckpoint:
     def is_mapped(self, tensor: TensorSpec, dtype: torch.dtype) -> bool:
         """Never: tensors are unpacked."""
         return False
+
+    def prefetch(self, tensor: TensorSpec) -> None:
+        """Nothing: pages are read past the page cache."""
+
+    def release(self, tensor: TensorSpec) -> None:
+        """Nothing: what `load` gives is no view of a file."""
 
     def close(self) -> None:
         self.store.close()

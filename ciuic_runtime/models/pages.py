@@ -3,7 +3,7 @@ Knows which tensor becomes which part; where pages are kept, and what computes w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -31,17 +31,34 @@ def fill_page(checkpoint: Checkpoint, page: str, format: str, into: torch.Tensor
             raise InvalidInput(f"{checkpoint.path} is packed as {checkpoint.spec.packed} and cannot be had as {format}")
         cast("PackedCheckpoint", checkpoint).read_page(page, into)
         return
+    fill_parts(checkpoint, page, layout, {p.role: into[p.offset : p.offset + p.nbytes] for p in layout.parts})
     end = 0
-    for part, (name, matrices) in _sources(checkpoint, page, layout):
+    for part in layout.parts:
         into[end : part.offset] = 0
-        count, rows, columns = part.matrix
-        each = matrix_nbytes(part.layout, rows, columns)
-        for i, matrix in enumerate(matrices):
-            begin = part.offset + i * each
-            pack(matrix, part.layout, into[begin : begin + each], f"{checkpoint.path}: {name}")
         end = part.offset + part.nbytes
-        assert end == part.offset + count * each
     into[end:] = 0
+
+
+def fill_parts(checkpoint: Checkpoint, page: str, layout: PageLayout, into: Mapping[str, torch.Tensor]) -> None:
+    """Fills those parts of a page that are in `into` (role -> uint8 [part.nbytes]) from an unpacked checkpoint."""
+    for tensor, parts in _sources(checkpoint.spec, page, layout):
+        loaded: dict[torch.dtype, torch.Tensor] = {}
+        for part in (p for p in parts if p.role in into):
+            dtype = _dtype(checkpoint, tensor, part)
+            if dtype not in loaded:
+                loaded[dtype] = checkpoint.load(tensor, dtype)
+            _fill_part(checkpoint, tensor, part, loaded[dtype], into[part.role])
+        if loaded:
+            checkpoint.release(tensor)
+
+
+def _fill_part(
+    checkpoint: Checkpoint, tensor: TensorSpec, part: Part, weight: torch.Tensor, into: torch.Tensor
+) -> None:
+    _, rows, columns = part.matrix
+    each = matrix_nbytes(part.layout, rows, columns)
+    for i, matrix in enumerate(_matrices(checkpoint.spec, part, weight)):
+        pack(matrix, part.layout, into[i * each : (i + 1) * each], f"{checkpoint.path}: {tensor.name}")
 
 
 def unpack_tensor(spec: ModelSpec, tensor: TensorSpec, format: str, page: torch.Tensor) -> torch.Tensor:
@@ -62,37 +79,34 @@ def unpack_part(part: Part, page: torch.Tensor) -> torch.Tensor:
     return (torch.stack(matrices) if count > 1 else matrices[0]).view(part.shape)
 
 
-_Source = tuple[str, Iterator[torch.Tensor]]  # the tensor's name, and its matrices
+def _sources(spec: ModelSpec, page: str, layout: PageLayout) -> Iterator[tuple[TensorSpec, tuple[Part, ...]]]:
+    """Each tensor of the page with the parts that are made of it."""
+    roles = {part.role: part for part in layout.parts}
+    for tensor in tensors_by_page(spec)[page]:
+        made = _MADE_OF_KV_B if tensor.role == "kv_b_proj" else (tensor.role,)
+        if page == "embedding" and spec.tied_embeddings:
+            made = (tensor.role, "head")
+        yield tensor, tuple(roles.pop(role) for role in made)
+    assert not roles, f"{page} has parts that no tensor fills: {', '.join(roles)}"
 
 
-def _sources(checkpoint: Checkpoint, page: str, layout: PageLayout) -> Iterator[tuple[Part, _Source]]:
-    """Each part of the page with what it is packed from; a tensor is loaded when its turn comes."""
-    parts = iter(layout.parts)
-    for tensor in tensors_by_page(checkpoint.spec)[page]:
-        part = next(parts)
-        weight = _load(checkpoint, tensor, part)
-        if tensor.role == "kv_b_proj":
-            split = (part, next(parts), next(parts))
-            for piece, matrices in zip(split, _by_head(checkpoint.spec, weight), strict=True):
-                yield piece, (tensor.name, matrices)
-        else:
-            yield part, (tensor.name, iter([weight.view(part.matrix[1:])]))
-        if tensor.page == "embedding" and checkpoint.spec.tied_embeddings:
-            head = next(parts)
-            yield head, (tensor.name, iter([_load(checkpoint, tensor, head)]))
-    assert next(parts, None) is None, f"{page} has parts that no tensor fills"
-
-
-def _load(checkpoint: Checkpoint, tensor: TensorSpec, part: Part) -> torch.Tensor:
-    """In bfloat16 where the file holds that or where no more is kept, else in float32, so that it is rounded once."""
+def _dtype(checkpoint: Checkpoint, tensor: TensorSpec, part: Part) -> torch.dtype:
+    """To pack from: bfloat16 where the file holds that or no more is kept, else float32, so that it is rounded once."""
     narrow = part.layout == "bf16-rows" or checkpoint.is_mapped(tensor, torch.bfloat16)
-    return checkpoint.load(tensor, torch.bfloat16 if narrow else torch.float32)
+    return torch.bfloat16 if narrow else torch.float32
 
 
-def _by_head(spec: ModelSpec, weight: torch.Tensor) -> tuple[Iterator[torch.Tensor], ...]:
-    """kv_b_proj's rows are, head by head, the keys' and then the values': k_b, k_b_absorbed and v_b."""
+_MADE_OF_KV_B = ("k_b", "k_b_absorbed", "v_b")
+
+
+def _matrices(spec: ModelSpec, part: Part, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What the part holds of the tensor. kv_b_proj's rows are, head by head, the keys' and then the values'."""
+    if part.role not in _MADE_OF_KV_B:
+        return iter([weight.view(part.matrix[1:])])
     mla = spec.mla
     assert mla is not None
     heads = weight.view(spec.num_heads, mla.nope_dim + mla.value_dim, mla.kv_rank)
-    keys, values = heads[:, : mla.nope_dim], heads[:, mla.nope_dim :]
-    return iter(keys), (key.t() for key in keys), iter(values)
+    if part.role == "v_b":
+        return iter(heads[:, mla.nope_dim :])
+    keys = heads[:, : mla.nope_dim]
+    return iter(keys.transpose(1, 2) if part.role == "k_b_absorbed" else keys)

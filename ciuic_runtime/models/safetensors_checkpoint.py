@@ -16,6 +16,7 @@ from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models import fp8
 from ciuic_runtime.models.config import read_config
 from ciuic_runtime.models.config_fields import read_json_object
+from ciuic_runtime.models.mapping import advise
 from ciuic_runtime.models.safetensors_header import MAX_HEADER_BYTES, StoredTensor, read_header
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.models.tensors import TensorSpec, tensors
@@ -54,6 +55,15 @@ class SafetensorsCheckpoint:
             self.spec = replace(self.spec, dtype=self._stored_dtype())
         self._files: dict[Path, _MappedFile] = {}
 
+    @property
+    def files(self) -> set[Path]:
+        return {entry.file for entry in self._stored.values()}
+
+    @property
+    def nbytes(self) -> int:
+        """Scales of FP8 weights included; what the model does not need left out."""
+        return sum(entry.nbytes for entry in self._stored.values())
+
     def load(self, tensor: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
         """The tensor in `dtype`: a view of the file if it holds that type, which must not be written to; else fresh
         memory."""
@@ -73,6 +83,14 @@ class SafetensorsCheckpoint:
     def is_mapped(self, tensor: TensorSpec, dtype: torch.dtype) -> bool:
         """Whether `load` gives a view of the file."""
         return _is_view(self._entry(tensor.name), dtype)
+
+    def prefetch(self, tensor: TensorSpec) -> None:
+        entry = self._entry(tensor.name)
+        self._file(entry).read_ahead(entry.begin, entry.end)
+
+    def release(self, tensor: TensorSpec) -> None:
+        entry = self._entry(tensor.name)
+        self._file(entry).forget(entry.begin, entry.end)
 
     def close(self) -> None:
         """Lets the files go; a mapping lives until the last tensor that looks into it is gone."""
@@ -136,12 +154,12 @@ class _MappedFile:
     def passing(self, entry: StoredTensor) -> _Passing:
         return _Passing(self, entry)
 
+    def read_ahead(self, begin: int, end: int) -> None:
+        advise(self._map, "MADV_WILLNEED", begin, end)
+
     def forget(self, begin: int, end: int) -> None:
         """Takes the pages of a range out of this process; whoever looks at them again faults them in again."""
-        page = mmap.PAGESIZE
-        first = begin // page * page
-        if hasattr(mmap, "MADV_DONTNEED") and end > first:
-            self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+        advise(self._map, "MADV_DONTNEED", begin, end)
 
 
 class _Passing:
