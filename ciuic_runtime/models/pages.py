@@ -83,7 +83,7 @@ def _sources(spec: ModelSpec, page: str, layout: PageLayout) -> Iterator[tuple[T
     """Each tensor of the page with the parts that are made of it."""
     roles = {part.role: part for part in layout.parts}
     for tensor in tensors_by_page(spec)[page]:
-        made = _MADE_OF_KV_B if tensor.role == "kv_b_proj" else (tensor.role,)
+        made: tuple[str, ...] = _MADE_OF_KV_B if tensor.role == "kv_b_proj" else (tensor.role,)
         if page == "embedding" and spec.tied_embeddings:
             made = (tensor.role, "head")
         yield tensor, tuple(roles.pop(role) for role in made)
