@@ -59,7 +59,8 @@ class Pool:
 def nibbles(random: np.random.Generator, nbytes: int) -> Bytes:
     """Two numbers from 1 to 15 in each byte: symmetric around 8."""
     values = random.integers(1, 16, (2, nbytes), dtype=np.uint8)
-    return values[0] | values[1] << 4
+    joined: Bytes = values[0] | values[1] << 4
+    return joined
 
 
 def bf16(values: npt.NDArray[np.float32]) -> Bytes:

@@ -50,15 +50,21 @@ class Peer:
              "-npl", str(sequences), "--output-format", "jsonl"]
         )  # fmt: skip
         [row] = _rows(done)
-        return Sample(row["speed_tg"], {"peak": done.peak})
+        return Sample(row["speed_tg"], {"peak": done.peak, "seconds": done.seconds})
+
+    def peak_memory(self, mapped: bool) -> int:
+        """Bytes, of a short run; mapped: the file and the repacked copy of its weights both count while in memory."""
+        return self._run("-p", "512", "-n", "8", "-r", "1", mode="mmap" if mapped else "none").peak
 
     def _bench(self, *options: str) -> Sample:
-        done = run_watched(
-            [str(self.folder / "llama-bench"), "-m", str(self.gguf), "-t", str(self.threads), "-fa", "on", "-lm",
-             "none", "-o", "jsonl", *options]
-        )  # fmt: skip
+        done = self._run(*options)
         [row] = _rows(done)
-        return Sample(statistics.median(row["samples_ts"]), {"peak": done.peak})
+        return Sample(statistics.median(row["samples_ts"]), {"peak": done.peak, "seconds": done.seconds})
+
+    def _run(self, *options: str, mode: str = "none") -> Finished:
+        program = str(self.folder / "llama-bench")
+        fixed = ["-m", str(self.gguf), "-t", str(self.threads), "-fa", "on", "-lm", mode, "-o", "jsonl"]
+        return run_watched([program, *fixed, *options])
 
 
 def _rows(done: Finished) -> list[dict[str, Any]]:

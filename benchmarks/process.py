@@ -23,7 +23,8 @@ class Memory:
 
 def memory_of(pid: int) -> Memory:
     status, smaps = (Path(f"/proc/{pid}/{name}").read_text() for name in ("status", "smaps_rollup"))
-    return Memory(*(_kib(status, k) for k in ("VmHWM", "VmRSS", "RssAnon")), _kib(smaps, "AnonHugePages"))
+    peak, resident, anonymous = (_kib(status, key) for key in ("VmHWM", "VmRSS", "RssAnon"))
+    return Memory(peak, resident, anonymous, _kib(smaps, "AnonHugePages"))
 
 
 def _kib(text: str, key: str) -> int:

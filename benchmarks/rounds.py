@@ -105,7 +105,7 @@ def take_turns(rivals: Mapping[str, Callable[[], Sample]], rounds: int, threads:
 def _round(rivals: Mapping[str, Callable[[], Sample]], threads: int, backwards: bool) -> Round:
     turns: Round = {}
     before = measure(threads)
-    for name in reversed(rivals) if backwards else rivals:
+    for name in reversed(list(rivals)) if backwards else rivals:
         steal = StealMeter()
         sample = rivals[name]()
         stolen = steal.share()
@@ -134,15 +134,11 @@ def note(text: str) -> None:
 # Output
 
 
-def percent(part: float, whole: float) -> str:
-    return f"{part / whole:.1%}" if whole else "-"
-
-
 def against(value: float, goal: float, unit: str = "", at_most: bool = False) -> str:
     """`value`, the goal beside it and whether it is reached."""
     reached = value <= goal if at_most else value >= goal
-    shown = (lambda x: f"{x:.1%}") if unit == "%" else (lambda x: f"{x:.2f}{unit}")
-    return f"{shown(value)} (goal {'<=' if at_most else '>='} {shown(goal)}: {'reached' if reached else 'MISSED'})"
+    shown, wanted = (f"{x:.1%}" if unit == "%" else f"{x:.2f}{unit}" for x in (value, goal))
+    return f"{shown} (goal {'<=' if at_most else '>='} {wanted}: {'reached' if reached else 'MISSED'})"
 
 
 class Report:

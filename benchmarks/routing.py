@@ -52,7 +52,7 @@ class Layers:
         scores = linear(x, self.weights(f"layers.{layer}.router")["gate"]).softmax(-1)
         weights, chosen = scores.topk(moe.experts_per_token, dim=-1)
         out = self.mlp(f"layers.{layer}.shared_experts", x) if moe.num_shared else torch.zeros_like(x)
-        for e in chosen.unique().tolist():
+        for e in sorted(set(chosen.flatten().tolist())):
             row, k = (chosen == e).nonzero(as_tuple=True)
             out[row] += weights[row, k, None] * self.mlp(f"layers.{layer}.experts.{e}", x[row])
         return out, chosen
@@ -78,7 +78,9 @@ def chosen_experts(checkpoint: Checkpoint, tokens: int, seed: int = 0) -> dict[i
 
 def distinct(chosen: torch.Tensor, batch: int) -> float:
     """Mean over groups of `batch` tokens."""
-    return statistics.mean(len(group.unique()) for group in chosen.split(batch) if len(group) == batch)
+    rows = chosen.tolist()
+    groups = [rows[at : at + batch] for at in range(0, len(rows) - batch + 1, batch)]
+    return statistics.mean(len({e for row in group for e in row}) for group in groups)
 
 
 def layer_line(spec: ModelSpec, layer: int, chosen: torch.Tensor) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from limits import Limits, measure
 
-from ciuic_runtime.model import load_spec
+from ciuic_runtime.models.config import load_spec
 from ciuic_runtime.models.layout import Part, page_layout
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.models.tensors import tensors_by_page
