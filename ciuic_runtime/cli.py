@@ -72,7 +72,7 @@ Repetition = Annotated[float, typer.Option("--repetition-penalty")]
 Seed = Annotated[int | None, typer.Option("--seed", help="default: drawn afresh and reported")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="end before this text; may be repeated")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="go on after an end-of-sequence token")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bf16, int8 or int4")]
 ScheduleOption = Annotated[
     Path | None, typer.Option("--schedule", metavar="FILE.json", help="a saved schedule to carry out")
 ]
@@ -111,7 +111,7 @@ def doctor(as_json: JsonOption = False) -> None:
 @app.command()
 def plan(
     model: ModelArgument,
-    format: Annotated[str, typer.Option("--format", help="auto, float32 or bfloat16")] = "auto",
+    format: Annotated[str, typer.Option("--format", help="auto, float32, bf16, int8 or int4")] = "auto",
     devices: DevicesOption = None,
     placement: PlacementOption = None,
     memory: MemoryOption = None,

@@ -10,19 +10,27 @@ from pathlib import Path
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models.config import load_spec
 from ciuic_runtime.models.graph import PREFILL_CHUNK, build_graph
+from ciuic_runtime.models.layout import PACKED_FORMATS
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.schedulers.graph import Layer, Page, TaskGraph
 
-FORMATS = ("auto", "float32", "bfloat16")
+FORMATS = ("auto", "float32", "bfloat16", *PACKED_FORMATS)
+ALIASES = {"bf16": "bfloat16"}
 
 
 def parse_format(name: str, spec: ModelSpec) -> str:
-    """The type that weights are held in; "auto" is the checkpoint's own, bfloat16 for float16 and quantised files."""
-    if name not in FORMATS:
+    """What weights are held in; "auto" is the checkpoint's own, bfloat16 for float16 and quantised files."""
+    format = ALIASES.get(name, name)
+    if format not in FORMATS:
+        raise InvalidInput(f"format {name!r} is not one of {', '.join(FORMATS)}")
+    if spec.packed and format not in ("auto", spec.packed):
         raise InvalidInput(
-            f"format {name!r} is not one of {', '.join(FORMATS)}; packed formats are not in this version"
+            f"{spec.name} is packed as {spec.packed} and cannot be had in {format}; leave the format out, or pack the "
+            f"checkpoint it came from as {format}"
         )
-    return spec.default_dtype if name == "auto" else name
+    if format == "auto":
+        return spec.packed or spec.default_dtype
+    return format
 
 
 class Model:

@@ -38,6 +38,10 @@ ASSUMED_MEMORY_UTILISATION = 2 / 3
 ASSUMED_LAUNCH_OVERHEAD = {"CPU": 5e-6, "GPU": 8e-6, "SIM": 0.0}  # s
 
 
+# The device's rates that products in a packed format go by, the first that is known: kernels multiply 8-bit integers.
+_RATES = {"int4": ("int8", "bfloat16"), "int8": ("int8", "bfloat16")}
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """Time of one task in one step, and what it was made of."""
@@ -118,7 +122,8 @@ class CostModel:
         return self.calibration.memory_utilisation.get(device.name, ASSUMED_MEMORY_UTILISATION)
 
     def matrix_rate(self, device: DeviceSpec) -> float:
-        rate = device.matrix_rates.get(self.dtype) or device.matrix_rates.get("float32")
+        rates = (device.matrix_rates.get(dtype) for dtype in (*_RATES.get(self.dtype, (self.dtype,)), "float32"))
+        rate = next(filter(None, rates), None)
         if not rate:
             raise InvalidInput(
                 f"{device.name} has no known matrix rate for {self.dtype}, so nothing can be forecast on it; "

@@ -3,22 +3,36 @@ operations and bytes each takes. Knows no weights and no hardware."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
+from ciuic_runtime.models.layout import PACKED_FORMATS, page_layout
 from ciuic_runtime.models.spec import DTYPE_BYTES, ModelSpec
 from ciuic_runtime.models.tensors import TensorSpec, count_parameters, tensors_by_page
 from ciuic_runtime.schedulers.graph import Page, Task, TaskGraph, TaskKind, Work
 
-# Operator calls that the torch path makes per task (counted in ops/ and models/forward.py): what each costs besides
-# its work is the device's launch overhead.
-NORM_LAUNCHES = 5
-MLP_LAUNCHES = 5
-ROUTER_LAUNCHES = 10
-GROUP_LIMIT_LAUNCHES = 10
-EXPERT_LAUNCHES = 8
-COMBINE_LAUNCHES = 6
-ATTENTION_LAUNCHES = 22
-ATTENTION_LAUNCHES_PER_SEQUENCE = 14
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """Operator calls per task: what each costs besides its work is the device's launch overhead."""
+
+    norm: int
+    mlp: int
+    router: int
+    group_limit: int  # of a router with expert groups, beside
+    expert: int  # of each routed expert that is touched
+    combine: int
+    attention: int
+    attention_per_sequence: int
+    add: int  # a residual to a result
+    head: int
+    products: bool  # whether they include matrix products that cost something of their own
+
+
+# Counted in ops/ and models/forward.py.
+TORCH_CALLS = Calls(5, 5, 10, 10, 8, 6, 22, 14, 1, 2, True)
+# The kernels of packed pages are called once or twice per task, whatever it holds.
+KERNEL_CALLS = Calls(1, 1, 1, 0, 0, 2, 2, 0, 0, 1, False)
 PREFILL_CHUNK = 512  # tokens that one pass takes at most, unless the user says otherwise
 SCORE_ROWS = 256  # ops.attention.QUERY_ROWS
 
@@ -27,27 +41,45 @@ FLOAT32_ROLES = ("e_score_correction_bias",)
 
 
 @lru_cache(maxsize=16)
-def build_graph(spec: ModelSpec, dtype: str = "bfloat16") -> TaskGraph:
-    """The tasks of one pass over the model, with weights and activations held in `dtype`."""
-    return _Builder(spec, dtype).build()
+def build_graph(spec: ModelSpec, format: str = "bfloat16") -> TaskGraph:
+    """The tasks of one pass over the model, with weights held in `format`: float32, bfloat16, int8 or int4."""
+    return _Builder(spec, format).build()
+
+
+def activation_dtype(format: str) -> str:
+    """What the values between tasks are in; the kernels of packed formats take and give float32."""
+    return "float32" if format in PACKED_FORMATS else format
+
+
+def cache_dtype(format: str) -> str:
+    """What the KV cache holds."""
+    return "float32" if format == "float32" else "bfloat16"
 
 
 def tensor_nbytes(tensor: TensorSpec, dtype: str) -> int:
     return tensor.num_parameters * (4 if tensor.role in FLOAT32_ROLES else DTYPE_BYTES[dtype])
 
 
+def page_nbytes(spec: ModelSpec, page: str, format: str) -> int:
+    if format in PACKED_FORMATS:
+        return page_layout(spec, page, format).nbytes
+    return sum(tensor_nbytes(t, format) for t in tensors_by_page(spec)[page])
+
+
 class _Builder:
-    def __init__(self, spec: ModelSpec, dtype: str) -> None:
-        self.spec, self.dtype, self.size = spec, dtype, DTYPE_BYTES[dtype]
-        self.pages = {
-            name: Page(name, sum(tensor_nbytes(t, dtype) for t in members))
-            for name, members in tensors_by_page(spec).items()
-        }
+    def __init__(self, spec: ModelSpec, format: str) -> None:
+        self.spec, self.format, self.size = spec, format, DTYPE_BYTES[activation_dtype(format)]
+        self.cache_size = DTYPE_BYTES[cache_dtype(format)]
+        self.calls = KERNEL_CALLS if format in PACKED_FORMATS else TORCH_CALLS
+        self.pages = {name: Page(name, page_nbytes(spec, name, format)) for name in tensors_by_page(spec)}
         self.parameters = {
             name: sum(t.num_parameters for t in members if t.is_matrix)
             for name, members in tensors_by_page(spec).items()
         }
-        self.matrices = {name: sum(t.is_matrix for t in members) for name, members in tensors_by_page(spec).items()}
+        self.products = {
+            name: sum(t.is_matrix for t in members) if self.calls.products else 0
+            for name, members in tensors_by_page(spec).items()
+        }
         self.row = spec.hidden_size * self.size  # bytes of one token's residual
         self.tasks: list[Task] = []
 
@@ -63,7 +95,7 @@ class _Builder:
         return TaskGraph(
             name=spec.name,
             tasks=tuple(self.tasks),
-            format=self.dtype,
+            format=self.format,
             parameters=count.total,
             active_parameters=count.active,
             hidden_bytes_per_token=self.row,
@@ -79,20 +111,20 @@ class _Builder:
         attention = self._attention(name + "attention", layer, (norm, residual))
         norm = self._norm(name + "mlp_norm", layer, attention)
         if not self.spec.is_moe(layer):
-            work = self._dense(name + "mlp", MLP_LAUNCHES + 1)
+            work = self._dense(name + "mlp", self.calls.mlp + self.calls.add)
             return self._add(name + "mlp", "mlp", layer, work, after=(norm, attention))
         return self._moe(name, layer, norm, attention)
 
     def _moe(self, name: str, layer: int, norm: str, attention: str) -> str:
         moe = self.spec.moe
         assert moe is not None
-        launches = ROUTER_LAUNCHES + (GROUP_LIMIT_LAUNCHES if moe.num_groups > 1 else 0)
+        launches = self.calls.router + (self.calls.group_limit if moe.num_groups > 1 else 0)
         work = self._dense(name + "router", launches)
         router = self._add(name + "router", "router", layer, work, after=(norm,), out=moe.experts_per_token * 12)
         after = [norm, router]
         if moe.num_shared:
             shared = name + "shared_experts"
-            after.append(self._add(shared, "shared_experts", layer, self._dense(shared, MLP_LAUNCHES), after=(norm,)))
+            after.append(self._add(shared, "shared_experts", layer, self._dense(shared, self.calls.mlp), after=(norm,)))
         after.append(attention)
         pages = tuple(self.pages[f"{name}experts.{e}"] for e in range(moe.num_experts))
         parameters = self.parameters[f"{name}experts.0"]
@@ -100,9 +132,9 @@ class _Builder:
             flops_per_token=2.0 * parameters * moe.experts_per_token,
             bytes_per_token=3.0 * self.row * moe.experts_per_token,
             bytes_per_expert=pages[0].nbytes,
-            launches=COMBINE_LAUNCHES,
-            launches_per_expert=EXPERT_LAUNCHES,
-            products_per_expert=self.matrices[pages[0].name],
+            launches=self.calls.combine,
+            launches_per_expert=self.calls.expert,
+            products_per_expert=self.products[pages[0].name],
         )
         return self._add(
             name + "experts", "experts", layer, work, after=tuple(after), pages=pages,
@@ -114,7 +146,7 @@ class _Builder:
             flops_per_token=5.0 * self.spec.hidden_size,
             bytes_fixed=self.pages[name].nbytes,
             bytes_per_token=2.0 * self.row,
-            launches=NORM_LAUNCHES,
+            launches=self.calls.norm,
             per_sequence=layer is None,
         )
         return self._add(name, "norm", layer, work, after=(after,))
@@ -123,17 +155,17 @@ class _Builder:
         page = "embedding" if self.spec.tied_embeddings else "head"
         work = Work(
             flops_per_token=2.0 * self.parameters[page],
-            bytes_fixed=self.pages[page].nbytes,
+            bytes_fixed=self._read(page, "weight" if page == "embedding" else ""),
             bytes_per_token=self.row + 4.0 * self.spec.vocab_size,
-            launches=2,
-            products=1,
+            launches=self.calls.head,
+            products=self.products[page],
             per_sequence=True,
         )
         out = 4.0 * self.spec.vocab_size
         self._add("head", "head", None, work, after=(norm,), pages=(self.pages[page],), out=out)
 
     def _attention(self, name: str, layer: int, after: tuple[str, ...]) -> str:
-        kv = self.spec.kv_bytes_per_token(self.dtype) / self.spec.num_layers
+        kv = self.spec.kv_bytes_per_token(cache_dtype(self.format)) / self.spec.num_layers
         prefill, decode = self._mla(name) if self.spec.mla else self._grouped_query(name)
         return self._add(name, "attention", layer, prefill, decode, after=after, kv=kv)
 
@@ -144,10 +176,10 @@ class _Builder:
             flops_per_pair=4.0 * heads * dim,
             bytes_fixed=self.pages[name].nbytes,
             bytes_per_token=4.0 * self.row,
-            bytes_per_position=2.0 * self.spec.num_kv_heads * dim * self.size,
-            launches=ATTENTION_LAUNCHES,
-            launches_per_sequence=ATTENTION_LAUNCHES_PER_SEQUENCE,
-            products=self.matrices[name],
+            bytes_per_position=2.0 * self.spec.num_kv_heads * dim * self.cache_size,
+            launches=self.calls.attention,
+            launches_per_sequence=self.calls.attention_per_sequence,
+            products=self.products[name],
         )
         return work, work
 
@@ -157,25 +189,26 @@ class _Builder:
         assert mla is not None
         expand = 2.0 * heads * (mla.nope_dim + mla.value_dim) * mla.kv_rank  # one position, or absorbed: one token
         common = {
-            "bytes_fixed": float(self.pages[name].nbytes),
             "bytes_per_token": 4.0 * self.row,
-            "bytes_per_position": float(mla.latent_dim * self.size),
-            "launches_per_sequence": ATTENTION_LAUNCHES_PER_SEQUENCE,
-            "launches": ATTENTION_LAUNCHES,
-            "products": self.matrices[name] - 1,  # all but the expansion
+            "bytes_per_position": float(mla.latent_dim * self.cache_size),
+            "launches_per_sequence": self.calls.attention_per_sequence,
+            "launches": self.calls.attention,
+            "products": max(0, self.products[name] - 1),  # all but the expansion
         }
         others = 2.0 * self.parameters[name] - expand
         prefill = Work(
             flops_per_token=others,
             flops_per_pair=2.0 * heads * (mla.qk_dim + mla.value_dim),
             flops_per_position=expand,
-            products_per_sequence=1,
+            bytes_fixed=self._read(name, "k_b_absorbed"),
+            products_per_sequence=1 if self.calls.products else 0,
             **common,  # type: ignore[arg-type]
         )
         decode = Work(
             flops_per_token=others + expand,
             flops_per_pair=2.0 * heads * (mla.latent_dim + mla.kv_rank),
-            products_per_sequence=4,  # query in, scores, values, result out
+            bytes_fixed=self._read(name, "k_b"),
+            products_per_sequence=4 if self.calls.products else 0,  # query in, scores, values, result out
             **common,  # type: ignore[arg-type]
         )
         return prefill, decode
@@ -186,8 +219,15 @@ class _Builder:
             bytes_fixed=self.pages[page].nbytes,
             bytes_per_token=3.0 * self.row,
             launches=launches,
-            products=self.matrices[page],
+            products=self.products[page],
         )
+
+    def _read(self, page: str, without: str) -> float:
+        """Bytes of a page that a task reads: where it is packed, not the part that only another task or phase uses."""
+        if self.format not in PACKED_FORMATS:
+            return self.pages[page].nbytes
+        layout = page_layout(self.spec, page, self.format)
+        return layout.nbytes - sum(part.nbytes for part in layout.parts if part.role == without)
 
     def _add(
         self, name: str, kind: TaskKind, layer: int | None, prefill: Work, decode: Work | None = None, *,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
+from ciuic_runtime.model import parse_format
 from ciuic_runtime.models.config import load_spec, read_config
-from ciuic_runtime.models.graph import PREFILL_CHUNK, SCORE_ROWS, build_graph
+from ciuic_runtime.models.graph import PREFILL_CHUNK, SCORE_ROWS, activation_dtype, build_graph, cache_dtype
+from ciuic_runtime.models.layout import LAYOUT_VERSION, page_layout
 from ciuic_runtime.models.tensors import tensors
 from ciuic_runtime.schedulers import cost
 from ciuic_runtime.schedulers.cost import CostModel
@@ -186,3 +189,94 @@ def test_constants_are_those_of_the_engine() -> None:
     assert QUERY_ROWS == SCORE_ROWS
     assert RuntimeConfig().prefill_chunk == PREFILL_CHUNK
     assert BLOCK_TOKENS == CACHE_BLOCK_TOKENS
+
+
+@pytest.mark.parametrize("format", ["int4", "int8"])
+@pytest.mark.parametrize("name", ["deepseek-v2-lite", "deepseek-v3"])
+def test_packed_pages_have_the_size_of_their_layout(name: str, format: str) -> None:
+    spec = load_spec(name)
+    graph = build_graph(spec, format)
+    assert all(page.nbytes == page_layout(spec, page.name, format).nbytes for page in graph.pages.values())
+    bits = 8 * graph.nbytes / graph.parameters
+    assert (4.1 < bits < 4.6) if format == "int4" else (8.1 < bits < 8.4)
+
+
+def test_packed_formats_compute_in_float32_and_cache_in_bfloat16() -> None:
+    spec = load_spec("deepseek-v2-lite")
+    packed, plain = build_graph(spec, "int4"), build_graph(spec, "bfloat16")
+    assert [activation_dtype(f) for f in ("float32", "bfloat16", "int8", "int4")] == [
+        "float32", "bfloat16", "float32", "float32",
+    ]  # fmt: skip
+    assert [cache_dtype(f) for f in ("float32", "bfloat16", "int8")] == ["float32", "bfloat16", "bfloat16"]
+    assert packed.hidden_bytes_per_token == 4 * 2048 == 2 * plain.hidden_bytes_per_token
+    assert packed.kv_bytes_per_token == plain.kv_bytes_per_token == 27 * 576 * 2
+
+
+def test_attention_of_a_packed_page_reads_the_form_it_computes() -> None:
+    """The expansion lies there twice, turned round for the absorbed form: a pass reads one of the two."""
+    spec = load_spec("deepseek-v2-lite")
+    layout = page_layout(spec, "layers.5.attention", "int4")
+    task = build_graph(spec, "int4").task("layers.5.attention")
+    assert task.nbytes == layout.nbytes
+    assert task.prefill.bytes_fixed == layout.nbytes - layout.part("k_b_absorbed").nbytes
+    assert task.decode.bytes_fixed == layout.nbytes - layout.part("k_b").nbytes
+
+
+def test_a_packed_tied_head_reads_its_own_part() -> None:
+    spec = read_config(TINY | {"tie_word_embeddings": True})
+    page = page_layout(spec, "embedding", "int4")
+    head = build_graph(spec, "int4").task("head")
+    assert head.nbytes == page.nbytes
+    assert head.decode.bytes_fixed == page.nbytes - page.part("weight").nbytes >= page.part("head").nbytes
+
+
+def test_kernels_are_called_once_or_twice_per_task() -> None:
+    graph = build_graph(load_spec("deepseek-v3"), "int4")
+    for task in graph:
+        for work in (task.prefill, task.decode):
+            assert work.launches == (2 if task.kind in ("attention", "experts") else 1), task.name
+            assert (work.launches_per_expert, work.launches_per_sequence) == (0, 0)
+            assert (work.products, work.products_per_expert, work.products_per_sequence) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("format", ["int4", "int8"])
+def test_packed_formats_go_by_the_int8_rate_and_the_bandwidth(format: str) -> None:
+    rates = {"int8": 8.0, "bfloat16": 2.0, "float32": 1.0}
+    for known, expected in ((rates, 8.0), (rates | {"int8": 0.0}, 2.0), ({"float32": 1.0}, 1.0)):
+        device = DeviceSpec(
+            "sim:0", "SIM", memory_bandwidth=3.0, matrix_rates=known, matrix_vector_rates={"bfloat16": 99.0}
+        )
+        model = CostModel(Topology((device,)), format)
+        assert model.matrix_rate(device) == expected
+        assert model.weight_bandwidth(device, 1) == 3.0
+
+
+def test_formats_by_name() -> None:
+    spec = read_config(TINY)
+    assert [parse_format(f, spec) for f in ("auto", "bf16", "bfloat16", "int4", "int8", "float32")] == [
+        "bfloat16", "bfloat16", "bfloat16", "int4", "int8", "float32",
+    ]  # fmt: skip
+    with pytest.raises(InvalidInput, match=r"^format 'int3' is not one of auto, float32, bfloat16, int4, int8$"):
+        parse_format("int3", spec)
+
+
+def test_a_packed_model_has_one_format() -> None:
+    spec = read_config(TINY | {"ciuic": {"format": "int4", "layout_version": LAYOUT_VERSION}}, "small")
+    assert spec.packed == "int4"
+    assert parse_format("auto", spec) == parse_format("int4", spec) == "int4"
+    with pytest.raises(InvalidInput, match=r"small is packed as int4 and cannot be had in int8; leave the format out"):
+        parse_format("int8", spec)
+
+
+@pytest.mark.parametrize(
+    ("section", "match"),
+    [
+        ({"format": "int4", "layout_version": LAYOUT_VERSION + 1}, "layout_version is 2; this runtime reads layout"),
+        ({"format": "int4"}, "layout_version is missing"),
+        ({"format": "int3", "layout_version": LAYOUT_VERSION}, "format is 'int3'; this runtime reads layout"),
+        ("int4", "must be an object"),
+    ],
+)
+def test_a_packing_that_is_not_known_is_refused(section: object, match: str) -> None:
+    with pytest.raises(InvalidInput, match=match):
+        read_config(TINY | {"ciuic": section})
