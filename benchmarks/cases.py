@@ -47,7 +47,7 @@ class Bench:
         if (peer := self.peer) is not None:
             for name, case in theirs.items():
                 turns[name] = self._while_we_sleep(lambda case=case: case(peer))  # type: ignore[misc]
-        return take_turns(turns, self.args.rounds, self.args.threads)
+        return take_turns(turns, self.args.rounds, self.args.threads, [self.ours.pid])
 
     def _while_we_sleep(self, run: Callable[[], Sample]) -> Callable[[], Sample]:
         def turn() -> Sample:

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -72,34 +71,13 @@ def _program() -> Path:
     return program
 
 
-class StealMeter:
-    """The share of all processors that the host took away from this virtual machine since it was made."""
-
-    def __init__(self) -> None:
-        self._begin, self._stolen = time.monotonic(), _stolen_s()
-
-    def share(self) -> float:
-        elapsed = time.monotonic() - self._begin
-        return (_stolen_s() - self._stolen) / elapsed / (os.cpu_count() or 1) if elapsed > 0 else 0.0
-
-
-def _stolen_s() -> float:
-    """Seconds of all processors; 0 where the system does not say."""
-    try:
-        first = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-    except OSError:
-        return 0.0
-    return int(first[8]) / os.sysconf("SC_CLK_TCK") if len(first) > 8 else 0.0
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--times", type=int, default=5)
     args = parser.parse_args()
     for _ in range(args.times):
-        steal = StealMeter()
-        print(measure(args.threads), f"  stolen {steal.share():.1%}", flush=True)
+        print(measure(args.threads), flush=True)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main() -> None:
     turns = {
         f"{name}{how}": (disturbed(run) if how else run) for name, run in runs.items() for how in ("", ", disturbed")
     }
-    found = take_turns(turns, args.rounds, args.threads)
+    found = take_turns(turns, args.rounds, args.threads, [bench.ours.pid])
     fair = args.threads / (args.threads + 1)
     for name in runs:
         alone, beside = found.median(name), found.median(f"{name}, disturbed")

@@ -1,4 +1,4 @@
-"""Another process seen from outside: its memory and the processor time it used, as Linux tells."""
+"""Processes seen from outside, as Linux tells: the memory of one, the processor time of one and of all the others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,33 @@ def cpu_seconds(pid: int) -> float:
     """User and system time of all its threads."""
     after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Meter:
+    """Whose the processors were since it was made: shares of all of them, from 0 to 1."""
+
+    def __init__(self, ours: Iterable[int] = ()) -> None:
+        """`ours` are processes that live throughout; this one counts as ours too, and so do those that it started and
+        waited for meanwhile."""
+        self._ours = tuple(ours)
+        self._begin, self._then = time.monotonic(), self._now()
+
+    def stolen_and_others(self) -> tuple[float, float]:
+        """What the host took away from this virtual machine, and what other processes in it used."""
+        all_cores = (time.monotonic() - self._begin) * (os.cpu_count() or 1)
+        stolen, busy, own = (now - then for now, then in zip(self._now(), self._then, strict=True))
+        return (stolen / all_cores, max(0.0, busy - own) / all_cores) if all_cores > 0 else (0.0, 0.0)
+
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds stolen, busy, and ours."""
+        ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+        user, nice, system, _, _, irq, softirq, stolen = ticks[:8]
+        spent = os.times()
+        own = (
+            spent.user + spent.system + spent.children_user + spent.children_system + sum(map(cpu_seconds, self._ours))
+        )
+        tick = os.sysconf("SC_CLK_TCK")
+        return stolen / tick, (user + nice + system + irq + softirq) / tick, own
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 looks at the machine's limits, medians of the rounds that count are reported, and how many did not count.
 
 A round is void when the machine was not ours: a core taken away, memory slower than it was in the better rounds, time
-stolen by the host. Knows nothing of models."""
+stolen by the host, other processes at work. Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from limits import Limits, StealMeter, mean, measure
+from limits import Limits, mean, measure
 from machine import machine_line
+from process import Meter
 
 LEAST_CORES = 0.85  # of the threads: below, somebody else was running
 LEAST_BANDWIDTH = 0.80  # of the upper quartile of this run's looks
-MOST_STOLEN = 0.02  # of the processors' time
+MOST_STOLEN = 0.02  # of the processors' time, by the host
+MOST_OTHERS = 0.05  # of the processors' time, by other processes of this system
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Turn:
     before: Limits
     after: Limits
     stolen: float
+    others: float
 
     @property
     def limits(self) -> Limits:
@@ -52,7 +55,9 @@ class Turn:
         slowest = min(self.before.read_bandwidth, self.after.read_bandwidth)
         if slowest < LEAST_BANDWIDTH * usual_bandwidth:
             return f"memory {slowest / 1e9:.1f} of {usual_bandwidth / 1e9:.1f} GB/s"
-        return f"{self.stolen:.1%} stolen" if self.stolen > MOST_STOLEN else ""
+        if self.stolen > MOST_STOLEN:
+            return f"{self.stolen:.1%} stolen by the host"
+        return f"{self.others:.1%} used by other processes" if self.others > MOST_OTHERS else ""
 
 
 Round = dict[str, Turn]  # by rival
@@ -87,12 +92,14 @@ class Measured:
         return f"{len(self.rounds)} rounds, {len(self.void)} void{reasons}"
 
 
-def take_turns(rivals: Mapping[str, Callable[[], Sample]], rounds: int, threads: int, patience: int = 2) -> Measured:
+def take_turns(
+    rivals: Mapping[str, Callable[[], Sample]], rounds: int, threads: int, pids: Sequence[int] = (), patience: int = 2
+) -> Measured:
     """Rounds of one turn each until `rounds` of them count, or `patience` x as many were tried; every other round goes
-    backwards. If none counts, all do, and the reasons are still reported."""
+    backwards. If none counts, all do, and the reasons are still reported. `pids` are rivals that live throughout."""
     tried: list[Round] = []
     while True:
-        tried.append(_round(rivals, threads, backwards=len(tried) % 2 == 1))
+        tried.append(_round(rivals, threads, pids, backwards=len(tried) % 2 == 1))
         usual = _usual_bandwidth(tried)
         reasons = [_why_void(r, usual) for r in tried]
         valid = [r for r, why in zip(tried, reasons, strict=True) if not why]
@@ -102,16 +109,16 @@ def take_turns(rivals: Mapping[str, Callable[[], Sample]], rounds: int, threads:
     return Measured(tuple(valid or tried), tuple(why for why in reasons if why))
 
 
-def _round(rivals: Mapping[str, Callable[[], Sample]], threads: int, backwards: bool) -> Round:
+def _round(rivals: Mapping[str, Callable[[], Sample]], threads: int, pids: Sequence[int], backwards: bool) -> Round:
     turns: Round = {}
     before = measure(threads)
     for name in reversed(list(rivals)) if backwards else rivals:
-        steal = StealMeter()
+        meter = Meter(pids)
         sample = rivals[name]()
-        stolen = steal.share()
+        stolen, others = meter.stolen_and_others()
         after = measure(threads)
-        turns[name] = Turn(sample, before, after, stolen)
-        note(f"  {name}: {sample.rate:.2f}; {after}; stolen {stolen:.1%}")
+        turns[name] = Turn(sample, before, after, stolen, others)
+        note(f"  {name}: {sample.rate:.2f}; {after}; stolen {stolen:.1%}, others {others:.1%}")
         before = after
     return turns
 
