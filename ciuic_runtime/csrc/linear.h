@@ -28,6 +28,7 @@ inline void linear_from(Context c, const Matrix& w, const float* bias, const Row
 
 inline void linear(Context c, const Matrix& w, const float* bias, const float* x, int64_t rows, const float* residual,
                    float* out) {
+    if (rows == 0) return;  // a prompt's chunk that is not its last wants no logits
     c.arena->reset();
     const Rows ready = take_rows(*c.arena, w, rows);
     fill_rows(c, ready, x, rows, w.columns);

@@ -26,6 +26,7 @@ class RuntimeConfig:
     prefill_chunk: int = PREFILL_CHUNK  # prompt tokens per pass
     workload: Workload | None = None  # what to plan for; None: the schedule's own, else a few sequences at once
     executor: str = "local"
+    kernels: str = "auto"  # instruction set of the native operators, "reference" for torch's; "auto": the best here
 
     def __post_init__(self) -> None:
         if self.executor != "local":

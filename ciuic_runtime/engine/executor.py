@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from ciuic_runtime.devices.backend import Backend
+from ciuic_runtime.devices.cpu import parse_cpu_list
 from ciuic_runtime.engine.recorder import Recorder
+from ciuic_runtime.engine.weights import load_native, load_tensors
 from ciuic_runtime.memory.kv_cache import KVCache
 from ciuic_runtime.models.batch import Batch
 from ciuic_runtime.models.checkpoint import Checkpoint
-from ciuic_runtime.models.forward import Forward, Pass, TaskFunction, Weights
-from ciuic_runtime.models.graph import FLOAT32_ROLES
+from ciuic_runtime.models.forward import Forward
+from ciuic_runtime.models.native_forward import NativeForward
 from ciuic_runtime.models.spec import ModelSpec
-from ciuic_runtime.models.tensors import TensorSpec, tensors_by_page
-from ciuic_runtime.ops.moe import combine, experts
+from ciuic_runtime.ops.native import REFERENCE, operators
 from ciuic_runtime.schedulers.graph import Phase, Task, TaskGraph
 from ciuic_runtime.schedulers.schedule import Schedule
 
@@ -35,13 +36,14 @@ class _Instruction:
     backend: Backend
     number: int  # of the task in the recorder
     lane: int  # of the device in the recorder
-    function: TaskFunction | None  # None: routed experts
-    experts: dict[str, dict[int, Weights]] = field(default_factory=dict)  # device -> expert -> weights
+    function: Callable[..., Any]  # routed experts: what combines their rows
+    experts: dict[str, Callable[..., torch.Tensor]] = field(default_factory=dict)  # device -> its experts' rows
+    shares: dict[str, torch.Tensor] = field(default_factory=dict)  # device -> the numbers of its experts
     last_use: tuple[str, ...] = ()  # values that nobody reads after this
 
 
 class LocalExecutor:
-    """One process, any number of devices; one task at a time."""
+    """One process, any number of devices; one task at a time. `kernels` is an instruction set, or "reference"."""
 
     def __init__(
         self,
@@ -53,19 +55,28 @@ class LocalExecutor:
         num_blocks: int,
         recorder: Recorder,
         progress: Progress | None = None,
+        kernels: str = REFERENCE,
+        threads: int = 1,
     ) -> None:
         schedule.validate(graph)
         self.graph, self.schedule, self.backends, self.recorder = graph, schedule, backends, recorder
-        self.dtype: torch.dtype = getattr(torch, graph.format)
+        self.native, self.threads = kernels != REFERENCE, threads
+        self.dtype: torch.dtype = torch.float32 if graph.format == "float32" else torch.bfloat16
         self._checkpoint = checkpoint
         values = round(spec.kv_values_per_token / spec.num_layers)
         layer_of = {t.layer: schedule.device_of(t.name) for t in graph if t.kind == "attention" and t.layer is not None}
         self.cache = KVCache(
             dict.fromkeys(layer_of, values), num_blocks, self.dtype, lambda i, n: backends[layer_of[i]].allocate(n)
         )
-        self.forward = Forward(spec, self.cache)
-        self._pages: dict[tuple[str, str], Weights] = {}
-        self._program = self._compile(tensors_by_page(spec), progress or (lambda done, total: None))
+        self.forwards: dict[str, Any] = {name: self._forward(spec, kernels, b) for name, b in backends.items()}
+        self._pages: dict[tuple[str, str], Any] = {}
+        self._program = self._compile(progress or (lambda done, total: None))
+
+    def _forward(self, spec: ModelSpec, kernels: str, backend: Backend) -> Forward | NativeForward:
+        if not self.native:
+            return Forward(spec, self.cache)
+        bound = str(backend.spec.facts.get("allowed_cpus", "")) if ":" in backend.spec.name else ""
+        return NativeForward(spec, self.cache, operators(kernels, self.threads, tuple(sorted(parse_cpu_list(bound))) if bound else ()))
 
     @torch.inference_mode()
     def step(self, batch: Batch, phase: Phase, sampler: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
@@ -98,7 +109,7 @@ class LocalExecutor:
         self._pages.clear()
         self.cache.clear()
 
-    def _compile(self, tensors: Mapping[str, tuple[TensorSpec, ...]], progress: Progress) -> list[_Instruction]:
+    def _compile(self, progress: Progress) -> list[_Instruction]:
         """Loads every page where the schedule has it and binds the tasks, in the graph's order."""
         total, done = sum(r.nbytes for r in self.schedule.assignments), 0
         last = {name: task.name for task in self.graph for name in task.after}
@@ -107,29 +118,39 @@ class LocalExecutor:
             device = self.schedule.device_of(task.name)
             number, lane = self.recorder.number(task.name), self.recorder.number(device)
             last_use = tuple(name for name in task.after if last[name] == task.name)
-            instruction = _Instruction(task, device, self.backends[device], number, lane, None, last_use=last_use)
+            backend, forward = self.backends[device], self.forwards[device]
             if task.num_experts:
-                for e, home in enumerate(self.schedule.expert_devices(task)):
-                    weights = self._load(task.pages[e].name, home, tensors)
-                    instruction.experts.setdefault(home, {})[e] = weights
+                function = forward.combine(task)
             else:
-                instruction.function = self.forward.function(task, self._load(task.pages[0].name, device, tensors))
+                page = task.pages[0].name
+                function = forward.function(task, self._load([page], device)[page])
+            instruction = _Instruction(task, device, backend, number, lane, function, last_use=last_use)
+            if task.num_experts:
+                self._bind_experts(instruction)
             done += task.nbytes
             progress(min(done, total), total)
             program.append(instruction)
         return program
 
-    def _load(self, page: str, device: str, tensors: Mapping[str, tuple[TensorSpec, ...]]) -> Weights:
-        """The page's tensors on a device: mapped from the file where the device is the host and the type fits, else
-        copied into one block of the device's memory."""
-        if (page, device) not in self._pages:
-            backend = self.backends[device]
-            loaded = {
-                t.role: self._checkpoint.load(t, torch.float32 if t.role in FLOAT32_ROLES else self.dtype)
-                for t in tensors[page]
-            }
-            self._pages[page, device] = loaded if backend.host_memory else _to_device(loaded, backend)
-        return self._pages[page, device]
+    def _bind_experts(self, i: _Instruction) -> None:
+        homes: dict[str, list[int]] = {}
+        for e, home in enumerate(self.schedule.expert_devices(i.task)):
+            homes.setdefault(home, []).append(e)
+        for home, mine in homes.items():
+            pages = self._load([i.task.pages[e].name for e in mine], home)
+            i.experts[home] = self.forwards[home].experts(i.task, {e: pages[i.task.pages[e].name] for e in mine})
+            i.shares[home] = torch.tensor(mine)
+
+    def _load(self, pages: list[str], device: str) -> Mapping[str, Any]:
+        """The pages on a device, as its operators take them; a page that two tasks read is loaded once."""
+        backend, checkpoint = self.backends[device], self._checkpoint
+        new = [page for page in pages if (page, device) not in self._pages]
+        if self.native:
+            loaded: Mapping[str, Any] = load_native(checkpoint, new, self.graph.format, backend, self.threads)
+        else:
+            loaded = {page: load_tensors(checkpoint, page, self.dtype, backend) for page in new}
+        self._pages.update({(page, device): weights for page, weights in loaded.items()})
+        return {page: self._pages[page, device] for page in pages}
 
 
 class _Run:
@@ -139,10 +160,10 @@ class _Run:
         self.x = executor
         self.batch = batch
         self.values: dict[tuple[str, str], Any] = {}
-        self.passes: dict[str, Pass] = {}
+        self.passes: dict[str, Any] = {}
 
     def execute(self, i: _Instruction) -> None:
-        if i.function is None:
+        if i.experts:
             value = self._experts(i)
         else:
             inputs = [self._fetch(name, i.device) for name in i.task.after]
@@ -156,21 +177,27 @@ class _Run:
         """Each device computes the rows of its experts; they are combined where the router runs."""
         x_name, router, *added = i.task.after
         home = i.device
+        p = self._pass(home)
         ids, weights = self._fetch(router, home)
         if i.experts.keys() == {home}:
             x, inputs = self._fetch(x_name, home), [self._fetch(name, home) for name in added]
-            whole: torch.Tensor = self._launch(i, home, _all_experts, x, ids, i.experts[home], weights, inputs)
-            return whole
+
+            def all_experts() -> torch.Tensor:
+                whole: torch.Tensor = i.function(p, i.experts[home](p, x, ids), weights, inputs)
+                return whole
+
+            result: torch.Tensor = self._launch(i, home, all_experts)
+            return result
         placed = []
-        for device, mine in i.experts.items():
-            here = None if len(i.experts) == 1 else _rows_of(ids, mine)
+        for device, rows_of in i.experts.items():
+            here = None if len(i.experts) == 1 else _rows_of(ids, i.shares[device])
             if here is not None and not here.numel():
                 continue
             x, local_ids = self._fetch(x_name, device), self._fetch(router, device)[0]
-            part = self._launch(i, device, _expert_rows, x, local_ids, mine, here)
+            part = self._launch(i, device, _chosen_rows, rows_of, self._pass(device), x, local_ids, here)
             placed.append((here, self._move(i.number, part, device, home)))
         inputs = [self._fetch(name, home) for name in added]
-        total: torch.Tensor = self._launch(i, home, _combine, placed, weights, inputs)
+        total: torch.Tensor = self._launch(i, home, _combine, i.function, p, placed, weights, inputs)
         return total
 
     def _fetch(self, name: str, device: str) -> Any:
@@ -210,9 +237,9 @@ class _Run:
         self.x.recorder.add(i.number, i.lane if device == i.device else self.x.recorder.number(device), start, end)
         return value
 
-    def _pass(self, device: str) -> Pass:
+    def _pass(self, device: str) -> Any:
         if device not in self.passes:
-            self.passes[device] = self.x.forward.start(self.batch.to(self.x.backends[device].torch_device))
+            self.passes[device] = self.x.forwards[device].start(self.batch.to(self.x.backends[device].torch_device))
         return self.passes[device]
 
     def host_value(self, name: str) -> torch.Tensor:
@@ -225,30 +252,23 @@ class _Run:
         return self._move(self.x.recorder.number(name), value, device, host)
 
 
-def _rows_of(ids: torch.Tensor, mine: Mapping[int, Weights]) -> torch.Tensor:
+def _rows_of(ids: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
     """The (token, k) rows, on the host, whose expert is one of these."""
-    return torch.isin(ids.flatten().cpu(), torch.tensor(sorted(mine))).nonzero().flatten()
+    return torch.isin(ids.flatten().cpu(), mine).nonzero().flatten()
 
 
-def _expert_rows(
-    x: torch.Tensor, ids: torch.Tensor, mine: Mapping[int, Weights], here: torch.Tensor | None
+def _chosen_rows(
+    rows_of: Callable[..., torch.Tensor], p: Any, x: torch.Tensor, ids: torch.Tensor, here: torch.Tensor | None
 ) -> torch.Tensor:
-    """The rows [tokens x k, hidden] of a device's experts; of those only `here`, where others have the rest."""
-    rows = x.new_empty(ids.numel(), x.shape[1])
-    experts(x, ids, mine, rows)
+    """The rows of a device's experts; of those only `here`, where others have the rest."""
+    rows = rows_of(p, x, ids)
     return rows if here is None else rows[here.to(x.device)]
 
 
-def _all_experts(
-    x: torch.Tensor, ids: torch.Tensor, mine: Mapping[int, Weights], weights: torch.Tensor, added: list[torch.Tensor]
-) -> torch.Tensor:
-    """Where one device has them all and the router too."""
-    return _combine([(None, _expert_rows(x, ids, mine, None))], weights, added)
-
-
 def _combine(
-    placed: list[tuple[torch.Tensor | None, torch.Tensor]], weights: torch.Tensor, added: list[torch.Tensor]
-) -> torch.Tensor:
+    combine: Callable[..., torch.Tensor], p: Any, placed: list[tuple[torch.Tensor | None, torch.Tensor]],
+    weights: torch.Tensor, added: list[torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
     """The routed experts' rows, from wherever they were computed, then the shared experts, then the residual."""
     rows = placed[0][1]
     if placed[0][0] is not None:
@@ -256,27 +276,8 @@ def _combine(
         for here, part in placed:
             assert here is not None
             rows[here.to(rows.device)] = part
-    total = combine(rows, weights)
-    for value in added:
-        total = total + value
-    return total
+    return combine(p, rows, weights, added)
 
 
 def _empty_like(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty(value.shape, dtype=value.dtype, device=device)
-
-
-def _to_device(weights: Weights, backend: Backend) -> Weights:
-    """One contiguous block of the device's memory, each tensor at a multiple of 64 bytes."""
-    offsets, end = {}, 0
-    for role, tensor in weights.items():
-        offsets[role] = end
-        end += -(-tensor.nbytes // 64) * 64
-    block = backend.allocate(end)
-    placed = {}
-    for role, tensor in weights.items():
-        view = block[offsets[role] : offsets[role] + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        backend.copy(view, tensor)
-        placed[role] = view
-    backend.synchronize()
-    return placed

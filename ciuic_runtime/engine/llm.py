@@ -51,6 +51,7 @@ class Settings(TypedDict, total=False):
     prefill_chunk: int
     workload: Workload | None
     executor: str
+    kernels: str
 
 
 class LLM:
@@ -81,7 +82,7 @@ class LLM:
         num_blocks = blocks_for(self.context) * self.max_num_seqs
         self._executor = LocalExecutor(
             self.model.spec, self.model.graph, self.schedule, self._checkpoint, self._backends, num_blocks,
-            self._recorder, progress,
+            self._recorder, progress, self.kernels, self.threads,
         )  # fmt: skip
         self._queue = RequestQueue(num_blocks, self.max_num_seqs, config.prefill_chunk)
         self._tokenizer: Tokenizer | None = None
@@ -109,6 +110,11 @@ class LLM:
     @property
     def threads(self) -> int:
         return self._setup.threads
+
+    @property
+    def kernels(self) -> str:
+        """The instruction set of the native operators in use, or "reference"."""
+        return self._setup.kernels
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -151,7 +157,7 @@ class LLM:
         parts = []
         for at in range(0, len(token_ids), size):
             piece = Chunk(tuple(token_ids[at : at + size]), at, blocks, prompt=True, sample="all")
-            parts.append(self._executor.step(make_batch([piece]), "prefill"))
+            parts.append(self._executor.step(make_batch([piece]), "prefill").clone())
         return torch.cat(parts)
 
     @property

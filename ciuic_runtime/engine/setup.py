@@ -14,6 +14,7 @@ from ciuic_runtime.devices.units import format_bytes
 from ciuic_runtime.engine.config import RuntimeConfig
 from ciuic_runtime.model import Model
 from ciuic_runtime.models.checkpoint import Checkpoint
+from ciuic_runtime.ops.native import REFERENCE, instruction_set
 from ciuic_runtime.planning import plan
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import TaskGraph
@@ -37,6 +38,7 @@ class Setup:
     context: int  # positions per sequence
     max_num_seqs: int
     threads: int
+    kernels: str  # instruction set, or "reference"
 
     def forecast(self, work: Workload) -> Schedule:
         """The schedule with its forecast made anew for a workload; without one where a device's speed is not known."""
@@ -68,10 +70,18 @@ def set_up(
     context, batch, schedule = _fit(model, topology, config, schedule)
     cores = sum(topology.device(n).cores for n in schedule.devices_used() if topology.device(n).kind == "CPU")
     threads = config.threads or max(1, cores or sum(d.cores for d in discover_cpus()))
-    setup = Setup(model, topology, schedule, context, batch, threads)
+    setup = Setup(model, topology, schedule, context, batch, threads, _kernels(config, model, schedule))
     expected = replace(config.workload or schedule.workload, batch=batch)
     stale = schedule.policy == "as given" or schedule.workload != expected
     return replace(setup, schedule=setup.forecast(expected)) if stale else setup
+
+
+def _kernels(config: RuntimeConfig, model: Model, schedule: Schedule) -> str:
+    """Native kernels compute everything but float32 on CPUs and on what a CPU plays; else the torch operators do."""
+    kinds = {schedule.topology.device(name).kind for name in schedule.devices_used()}
+    if model.format == "float32" or not kinds <= {"CPU", "SIM"}:
+        return REFERENCE
+    return instruction_set(config.kernels)
 
 
 def _fit(model: Model, topology: Topology, config: RuntimeConfig, given: Schedule | None) -> tuple[int, int, Schedule]:

@@ -58,6 +58,15 @@ class KVCache:
             memory = allocate(layer, rows * values * dtype.itemsize)
             self._layers[layer] = memory.view(dtype).view(rows, values)
 
+    @property
+    def num_positions(self) -> int:
+        """That all blocks together hold: no sequence is longer."""
+        return self.num_blocks * BLOCK_TOKENS
+
+    def memory(self, layer: int) -> torch.Tensor:
+        """Every entry of a layer, [num_blocks x BLOCK_TOKENS, values]."""
+        return self._layers[layer]
+
     def clear(self) -> None:
         """Lets go of the memory; nothing can be written or read after this."""
         self._layers.clear()

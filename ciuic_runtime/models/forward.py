@@ -3,7 +3,7 @@ Knows the equations of the model families; which device runs a task, and in what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from ciuic_runtime.memory.kv_cache import KVCache
 from ciuic_runtime.models.batch import Batch
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.ops.attention import attend, mla_absorbed, mla_expanded
-from ciuic_runtime.ops.moe import route, swiglu
+from ciuic_runtime.ops.moe import combine, experts, route, swiglu
 from ciuic_runtime.ops.rms_norm import rms_norm
 from ciuic_runtime.ops.rope import apply_rope, rope_frequencies, rope_table, softmax_scale
 from ciuic_runtime.schedulers.graph import Task
@@ -35,6 +35,8 @@ class Pass:
 
 
 TaskFunction = Callable[..., Any]  # (Pass, *inputs) -> output
+ExpertsFunction = Callable[[Pass, torch.Tensor, torch.Tensor], torch.Tensor]  # x, expert ids -> rows
+CombineFunction = Callable[[Pass, torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
 
 
 class Forward:
@@ -75,6 +77,27 @@ class Forward:
             return lambda p, x: route(x, w["gate"], w.get("e_score_correction_bias"), moe)
         assert task.kind == "head", task.kind
         return lambda p, x: F.linear(x, w["weight"]).float()
+
+    def experts(self, task: Task, weights: Mapping[int, Weights]) -> ExpertsFunction:
+        """(token, k) rows [tokens x k, hidden] of those of a layer's experts that are in `weights`."""
+
+        def rows_of(p: Pass, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            rows = x.new_empty(ids.numel(), x.shape[1])
+            experts(x, ids, weights, rows)
+            return rows
+
+        return rows_of
+
+    def combine(self, task: Task) -> CombineFunction:
+        """Each token's rows, weighted, in the router's order; then what is added (shared experts, the residual)."""
+
+        def combined(p: Pass, rows: torch.Tensor, weights: torch.Tensor, added: Sequence[torch.Tensor]) -> torch.Tensor:
+            total = combine(rows, weights)
+            for value in added:
+                total = total + value
+            return total
+
+        return combined
 
     def _grouped_query(self, layer: int, w: Weights) -> TaskFunction:
         spec, cache = self.spec, self.cache

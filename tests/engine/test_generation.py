@@ -18,6 +18,7 @@ from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.engine.llm import LLM
 from ciuic_runtime.engine.sampling import SamplingParams
 from ciuic_runtime.models.random_checkpoint import write_random_checkpoint
+from ciuic_runtime.ops.native import REFERENCE, instruction_set
 
 PROMPTS = [[5, 250, 17, 99, 3, 3, 42] * 12, [7], list(range(60, 100)), [9, 8], [77] * 65]
 FREE = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -152,11 +153,12 @@ def test_an_interrupt_frees_and_leaves_a_whole_trace(llm: LLM, monkeypatch: pyte
     """Ctrl-C in the middle of a pass: what was generated is there, the broken step is not in the trace."""
     stream = llm.stream(PROMPTS[0], FREE)
     seen = [next(stream)[1] for _ in range(3)]
-    attend = llm._executor.forward.start
-    monkeypatch.setattr(llm._executor.forward, "start", lambda batch: (_ for _ in ()).throw(KeyboardInterrupt))
+    (forward,) = llm._executor.forwards.values()
+    start = forward.start
+    monkeypatch.setattr(forward, "start", lambda batch: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         next(stream)
-    monkeypatch.setattr(llm._executor.forward, "start", attend)
+    monkeypatch.setattr(forward, "start", start)
     assert all_free(llm)
     steps = llm.trace.steps
     assert [s.phase for s in steps] == ["prefill"] * 3 + ["decode"] * 2
@@ -214,17 +216,43 @@ def test_as_many_parameters_as_prompts(llm: LLM) -> None:
         llm.generate([[1], [2]], [FREE] * 3)
 
 
-@pytest.mark.parametrize("where", ["model.norm.weight", "model.layers.2.self_attn.kv_b_proj.weight"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_nan_weights_are_reported(
-    where: str, temperature: float, tiny_v3: Path, here: Topology, tmp_path: Path
-) -> None:
-    folder = changed(tiny_v3, tmp_path / "broken")
-    (file,) = folder.glob("*.safetensors")
+def native_or_skip() -> str:
+    chosen = instruction_set()
+    if chosen == REFERENCE:
+        pytest.skip("the native kernels are not built here")
+    return chosen
+
+
+def with_nan(where: str, source: Path, folder: Path) -> Path:
+    (file,) = changed(source, folder).glob("*.safetensors")
     tensors = load_file(file)
     tensors[where][3] = float("nan")
     save_file(tensors, file, {"format": "pt"})
-    with LLM(folder, devices=here, max_model_len=256, max_num_seqs=2, threads=1) as llm:
+    return folder
+
+
+@pytest.mark.parametrize("where", ["model.norm.weight", "model.layers.2.self_attn.kv_b_proj.weight"])
+def test_nan_weights_that_are_packed_are_refused(where: str, tiny_v3: Path, here: Topology, tmp_path: Path) -> None:
+    folder = with_nan(where, tiny_v3, tmp_path / "broken")
+    with pytest.raises(InvalidInput, match=rf"{where} cannot be packed .*row [03], column [03] is nan"):
+        LLM(folder, devices=here, max_model_len=256, max_num_seqs=2, threads=1, kernels=native_or_skip())
+
+
+@pytest.mark.parametrize(
+    ("where", "kernels"),
+    [
+        ("model.norm.weight", "reference"),
+        ("model.layers.2.self_attn.kv_b_proj.weight", "reference"),
+        ("model.layers.2.self_attn.o_proj.weight", "auto"),
+        ("model.layers.2.mlp.shared_experts.down_proj.weight", "auto"),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_weights_are_reported(
+    where: str, kernels: str, temperature: float, tiny_v3: Path, here: Topology, tmp_path: Path
+) -> None:
+    folder = with_nan(where, tiny_v3, tmp_path / "broken")
+    with LLM(folder, devices=here, max_model_len=256, max_num_seqs=2, threads=1, kernels=kernels) as llm:
         with pytest.raises(CiuicError, match=r"prompt 0, position 3: .*NaN or infinite") as failed:
             llm.generate([1, 2, 3], SamplingParams(temperature=temperature))
         assert not isinstance(failed.value, InvalidInput)
