@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
@@ -93,26 +93,24 @@ def pack(
     from there. Raises InvalidInput, before anything is written, for what cannot be packed, there or like that."""
     start = time.perf_counter()
     checkpoint, out, format = _opened(model, out, format)
-    pages = {page: page_layout(checkpoint.spec, page, format).nbytes for page in tensors_by_page(checkpoint.spec)}
+    spec, threads = checkpoint.spec, _threads(threads)
+    pages = {page: page_layout(spec, page, format).nbytes for page in tensors_by_page(spec)}
     partial = out.with_name(out.name + ".partial")
     _check_room(out, sum(pages.values()) - _size(partial))
-    with _disk_errors(partial), PackJournal(partial, _heading(checkpoint, format)) as journal:
+    with closing(checkpoint), _disk_errors(partial), PackJournal(partial, _heading(checkpoint, format)) as journal:
         write_tokenizer(checkpoint.path, partial)
-        writer = PageWriter(partial, format, pages, shard_bytes)
-        try:
+        with closing(PageWriter(partial, format, pages, shard_bytes)) as writer:
             kept = _kept(writer, journal.written, progress)
-            _pack(checkpoint, writer, journal, _threads(threads), progress)
+            _pack(checkpoint, writer, journal, threads, progress)
             writer.finish()
-        finally:
-            writer.close()
         checksum = checksum_of_all(writer.checksums[page] for page in pages)
-        write_config(checkpoint.path, checkpoint.spec, partial, format, checksum)
+        write_config(checkpoint.path, spec, partial, format, checksum)
         _appear(partial, out)
-    checkpoint.close()
+        source_nbytes = checkpoint.nbytes
+    written = sum(nbytes for page, nbytes in pages.items() if page not in kept)
     return PackReport(
-        out, format, len(pages), len(kept), sum(pages.values()), checkpoint.nbytes,
-        sum(n for page, n in pages.items() if page not in kept), time.perf_counter() - start,
-        bits_per_weight(checkpoint.spec, format),
+        out, format, len(pages), len(kept), sum(pages.values()), source_nbytes, written, time.perf_counter() - start,
+        bits_per_weight(spec, format),
     )  # fmt: skip
 
 
