@@ -35,6 +35,7 @@ from ciuic_runtime.models.packed_files import write_config, write_tokenizer
 from ciuic_runtime.models.pages import fill_page
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.models.tensors import tensors_by_page
+from ciuic_runtime.models.tokenizer import load_tokenizer
 
 FORMATS = {**{f: f for f in PACKED_FORMATS}, "bf16": "bfloat16", "bfloat16": "bfloat16"}
 IN_FLIGHT = 256 << 20  # bytes of pages being packed or waiting to be written, and of what they are packed from
@@ -97,7 +98,11 @@ def pack(
     pages = {page: page_layout(spec, page, format).nbytes for page in tensors_by_page(spec)}
     partial = out.with_name(out.name + ".partial")
     _check_room(out, sum(pages.values()) - _size(partial))
-    with closing(checkpoint), _disk_errors(partial), PackJournal(partial, _heading(checkpoint, format)) as journal:
+    with (
+        closing(checkpoint),
+        _disk_errors(partial),
+        PackJournal(partial, _heading(checkpoint, format, shard_bytes)) as journal,
+    ):
         write_tokenizer(checkpoint.path, partial)
         with closing(PageWriter(partial, format, pages, shard_bytes)) as writer:
             kept = _kept(writer, journal.written, progress)
@@ -148,6 +153,8 @@ def _opened(model: str | Path, out: str | Path, format: str) -> tuple[Checkpoint
     checkpoint = open_checkpoint(model)
     if checkpoint.spec.packed:
         raise InvalidInput(f"{model} is packed already, as {checkpoint.spec.packed}; give the checkpoint it came from")
+    if not checkpoint.path.is_dir():
+        load_tokenizer(checkpoint.path)  # will be written anew: one that cannot be is refused now
     return checkpoint, out, FORMATS[format]
 
 
@@ -230,11 +237,11 @@ def _kept(writer: PageWriter, written: Mapping[str, str], progress: Progress | N
     return set(writer.checksums)
 
 
-def _heading(checkpoint: Checkpoint, format: str) -> dict[str, Any]:
+def _heading(checkpoint: Checkpoint, format: str, shard_bytes: int) -> dict[str, Any]:
     """What is packed: the source's files by name, size and time of change. Their folder may be moved meanwhile."""
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(checkpoint.files)]
     source = xxhash.xxh3_128_hexdigest(json.dumps(files).encode())
-    return {"source": source, "format": format, "layout_version": LAYOUT_VERSION}
+    return {"source": source, "format": format, "layout_version": LAYOUT_VERSION, "shard_bytes": shard_bytes}
 
 
 def _appear(partial: Path, out: Path) -> None:
@@ -259,8 +266,6 @@ def _disk_errors(partial: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, CiuicError):
-            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "the disk is full; make room" if full else f"{error.strerror}; see to that"
         raise CiuicError(f"cannot write to {partial}: {what} and give the same command to go on") from error
