@@ -2,6 +2,7 @@
 // name; everything is in a namespace of that name, so that nothing compiled for one processor is used on another.
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -59,7 +60,7 @@ bool here() {
 #if defined(__linux__)
     constexpr int kAskPermission = 0x1023, kTileData = 18;
     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-           __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+           __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
 #else
     return false;
 #endif

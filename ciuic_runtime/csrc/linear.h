@@ -11,7 +11,7 @@ inline void linear_from(Context c, const Matrix& w, const float* bias, const Row
         if (direct) return product(c, thread, w, x, rows, n0, n1, out + n0, n_all);
         // The output may be the residual itself, so the product goes elsewhere first, some rows at a time.
         float part[kPartFloats];
-        const int64_t width = n1 - n0, most = kPartFloats / width;
+        const int64_t width = n1 - n0, most = kPartFloats / width / 16 * 16;
         for (int64_t r = 0; r < rows; r += most) {
             const int64_t n = rows - r < most ? rows - r : most;
             product(c, thread, w, block_of(x, r), n, n0, n1, part, width);

@@ -111,7 +111,7 @@ inline void mla_absorbed(Context c, const MlaWeights& w, const Batch& batch, con
     parallel(c, w.heads, [&](int64_t h, int thread) {
         for (int64_t i = 0; i < count; ++i) fill_row(inputs[h], i, 0, w.nope, q + (row_of[i] * w.heads + h) * qk);
         float part[kPartFloats];
-        const int64_t step = kPartFloats / w.kv_rank;
+        const int64_t step = kPartFloats / w.kv_rank / 16 * 16;
         for (int64_t i = 0; i < count; i += step) {
             const int64_t n = count - i < step ? count - i : step;
             product(c, thread, w.k_b_absorbed.at(h), block_of(inputs[h], i), n, 0, w.kv_rank, part, w.kv_rank);
@@ -161,7 +161,7 @@ inline void mla_absorbed(Context c, const MlaWeights& w, const Batch& batch, con
         for (int64_t i = 0; i < count; ++i)
             fill_row(outputs[h], i, 0, w.kv_rank, latent + (row_of[i] * w.heads + h) * w.kv_rank);
         float part[kPartFloats];
-        const int64_t step = kPartFloats / w.value;
+        const int64_t step = kPartFloats / w.value / 16 * 16;
         for (int64_t i = 0; i < count; i += step) {
             const int64_t n = count - i < step ? count - i : step;
             product(c, thread, w.v_b.at(h), block_of(outputs[h], i), n, 0, w.value, part, w.value);

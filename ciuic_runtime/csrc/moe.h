@@ -131,7 +131,7 @@ inline void experts(Context c, const MlpWeights& shape, const int64_t* addresses
         const int64_t i = chunk / chunks, n0 = chunk % chunks * per, n1 = n0 + per < hidden ? n0 + per : hidden;
         const MlpWeights w = at_addresses(shape, addresses + 3 * present[i].expert);
         float part[kPartFloats];
-        const int64_t step = kPartFloats / (n1 - n0);
+        const int64_t step = kPartFloats / (n1 - n0) / 16 * 16;
         for (int64_t r = 0; r < present[i].rows; r += step) {
             const int64_t n = present[i].rows - r < step ? present[i].rows - r : step;
             product(c, thread, w.down, block_of(inner[i], r), n, n0, n1, part, n1 - n0);

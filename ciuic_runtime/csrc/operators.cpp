@@ -100,7 +100,7 @@ MlaWeights make_mla(std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> size
               w.k_b_absorbed.rows == w.kv_rank && w.k_b_absorbed.columns == w.nope && w.k_b.count == w.heads &&
               w.k_b_absorbed.count == w.heads && w.v_b.count == w.heads, "MLA's expansions do not fit");
     check(w.o.columns == w.heads * w.value, "MLA's output projection does not fit");
-    check(w.kv_rank <= 16384 && w.value <= 16384 && w.nope <= 16384, "MLA's heads are larger than these kernels take");
+    check(w.kv_rank <= 1024 && w.value <= 1024, "MLA's heads are larger than these kernels take");
     return w;
 }
 

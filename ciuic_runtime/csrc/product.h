@@ -6,7 +6,8 @@
 
 constexpr int64_t kQuads = kGroup / 4;  // of four columns: 64 stored bytes each
 
-inline int32_t zero_point(Layout layout) { return layout == Layout::w4g128_t16 ? 8 : 128; }
+// What the zero of the weights adds to a row's sums: the activations' sum times 8 or 128.
+inline const int32_t* zero_sums(bool nibbles, const Rows& x) { return nibbles ? x.sums8 : x.sums128; }
 
 // Step 1 of every path: 16 rows' integer sums over one group, the weights' zero taken off.
 template <bool kNibbles>
@@ -45,7 +46,7 @@ inline void stream_tile(const Matrix& w, int64_t tile, const Rows& x, F* out) {
     const uint8_t* q = w.data + tile * w.tile_bytes();
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(q + w.weight_bytes());
     constexpr int64_t kBytes = kGroup * kTileRows / (kNibbles ? 2 : 1);
-    const int32_t zero_of = kNibbles ? 8 : 128;
+    const int32_t* zeros = zero_sums(kNibbles, x);
     F acc[kRows];
     for (F& a : acc) a = zero();
     for (int64_t g = 0, groups = w.groups(); g < groups; ++g, q += kBytes) {
@@ -53,7 +54,7 @@ inline void stream_tile(const Matrix& w, int64_t tile, const Rows& x, F* out) {
         const F ws = load_f16(scales + g * kTileRows);
         for (int r = 0; r < kRows; ++r) {
             const int64_t at = g * x.stride + r;
-            const I sum = group_sum<kNibbles>(q, x.group(g, r), zero_of * x.sums[at]);
+            const I sum = group_sum<kNibbles>(q, x.group(g, r), zeros[at]);
             acc[r] = fma(to_float(sum), ws * set1(x.scales[at]), acc[r]);
         }
     }
@@ -91,7 +92,7 @@ struct Block {
 };
 
 template <int kRows, int kTiles>
-inline void add_group(const uint8_t* const* bytes, const F* ws, int32_t zero_of, const Rows& x, int64_t g, int64_t row,
+inline void add_group(const uint8_t* const* bytes, const F* ws, bool nibbles, const Rows& x, int64_t g, int64_t row,
                       Block block, int64_t column) {
     I sum[kRows][kTiles];
     for (auto& r : sum)
@@ -102,13 +103,14 @@ inline void add_group(const uint8_t* const* bytes, const F* ws, int32_t zero_of,
         for (int t = 0; t < kTiles; ++t) b[t] = load_bytes(bytes[t] + 64 * j);
         for (int r = 0; r < kRows; ++r)
             for (int t = 0; t < kTiles; ++t)
-                sum[r][t] = kDot4ExactForBytes || zero_of == 8 ? dot4(sum[r][t], b[t], q + r * kGroup + 4 * j)
-                                                              : dot4_centred(sum[r][t], b[t], q + r * kGroup + 4 * j);
+                sum[r][t] = kDot4ExactForBytes || nibbles ? dot4(sum[r][t], b[t], q + r * kGroup + 4 * j)
+                                                          : dot4_centred(sum[r][t], b[t], q + r * kGroup + 4 * j);
     }
-    const bool centred = !kDot4ExactForBytes && zero_of != 8;
+    const bool centred = !kDot4ExactForBytes && !nibbles;
+    const int32_t* zeros = zero_sums(nibbles, x);
     for (int r = 0; r < kRows; ++r) {
         const int64_t at = g * x.stride + row + r;
-        const I z = iset1(centred ? 0 : zero_of * x.sums[at]);
+        const I z = iset1(centred ? 0 : zeros[at]);
         for (int t = 0; t < kTiles; ++t) {
             float* acc = block.acc + (row + r) * block.ld + column + t * kTileRows;
             store(acc, fma(to_float(sum[r][t] - z), ws[t] * set1(x.scales[at]), load(acc)));
@@ -125,12 +127,12 @@ constexpr int kBlockRows = 1, kBlockTiles = 1;
 #endif
 
 template <int kTiles>
-inline void add_group_rows(const uint8_t* const* bytes, const F* ws, int32_t zero_of, const Rows& x, int64_t g,
+inline void add_group_rows(const uint8_t* const* bytes, const F* ws, bool nibbles, const Rows& x, int64_t g,
                            int64_t row, int64_t rows, Block block, int64_t column) {
     for (; rows >= kBlockRows; rows -= kBlockRows, row += kBlockRows)
-        add_group<kBlockRows, kTiles>(bytes, ws, zero_of, x, g, row, block, column);
-    for (; rows >= 4; rows -= 4, row += 4) add_group<4, kTiles>(bytes, ws, zero_of, x, g, row, block, column);
-    for (; rows >= 1; --rows, ++row) add_group<1, kTiles>(bytes, ws, zero_of, x, g, row, block, column);
+        add_group<kBlockRows, kTiles>(bytes, ws, nibbles, x, g, row, block, column);
+    for (; rows >= 4; rows -= 4, row += 4) add_group<4, kTiles>(bytes, ws, nibbles, x, g, row, block, column);
+    for (; rows >= 1; --rows, ++row) add_group<1, kTiles>(bytes, ws, nibbles, x, g, row, block, column);
 }
 
 #if defined(__AMX_INT8__)
@@ -139,15 +141,17 @@ inline void add_group_rows(const uint8_t* const* bytes, const F* ws, int32_t zer
 constexpr bool kAmx = false;
 inline void amx_begin() {}
 inline void amx_end() {}
-inline void amx_add_group(const uint8_t* const*, int, const F*, int32_t, const Rows&, int64_t, int64_t, int64_t, Block,
-                          int64_t) {}
+inline void amx_add_group(const uint8_t* const*, int, const F*, bool, const Rows&, int64_t, int64_t, Block, int64_t) {}
+inline void amx_bf16_product(const Matrix&, const Rows&, int64_t, int64_t, int64_t, float*, int64_t, uint8_t*) {}
 #endif
 
 constexpr int64_t kStreamRows = 3;    // up to here weights are streamed through registers
 constexpr int64_t kRowBlock = 128;    // rows that meet a group's bytes while both are in the nearest cache
 constexpr int64_t kChunkTiles = 8;    // tiles of a chunk of the second path
 
+// What product() uses of its thread's scratch memory, from the start on.
 inline size_t block_scratch(const Matrix& w, int64_t rows) {
+    if (!w.tiled()) return kTileRows * w.row_bytes();
     const int64_t kept = rows > kRowBlock ? w.groups() : 1;
     return kChunkTiles * (kGroup * kTileRows * kept + kRowBlock * kTileRows * sizeof(float)) + 4096;
 }
@@ -161,7 +165,6 @@ inline void block_tiles(Context c, int thread, const Matrix& w, const Rows& x, i
     char* memory = static_cast<char*>(c.pool->scratch(thread, block_scratch(w, rows)));
     Block block{reinterpret_cast<float*>(memory), tiles * kTileRows};
     uint8_t* bytes = reinterpret_cast<uint8_t*>(memory + kRowBlock * kChunkTiles * kTileRows * sizeof(float));
-    const int32_t zero_of = zero_point(w.layout);
     if (kAmx) amx_begin();
     for (int64_t row = 0; row < rows; row += kRowBlock) {
         const int64_t n = rows - row < kRowBlock ? rows - row : kRowBlock;
@@ -182,11 +185,11 @@ inline void block_tiles(Context c, int thread, const Matrix& w, const Rows& x, i
                     b[i] = room;
                 }
                 if (kAmx && n > kStreamRows)
-                    amx_add_group(b, count, ws, zero_of, mine, g, 0, n, block, t * kTileRows);
+                    amx_add_group(b, count, ws, nibbles, mine, g, n, block, t * kTileRows);
                 else if (count == kBlockTiles)
-                    add_group_rows<kBlockTiles>(b, ws, zero_of, mine, g, 0, n, block, t * kTileRows);
+                    add_group_rows<kBlockTiles>(b, ws, nibbles, mine, g, 0, n, block, t * kTileRows);
                 else
-                    add_group_rows<1>(b, ws, zero_of, mine, g, 0, n, block, t * kTileRows);
+                    add_group_rows<1>(b, ws, nibbles, mine, g, 0, n, block, t * kTileRows);
             }
         for (int64_t r = 0; r < n; ++r)
             for (int64_t t = 0; t < tiles; ++t)
@@ -287,6 +290,10 @@ inline void dot_product(const Matrix& w, const typename T::input* x, int64_t row
 // rows at most kChunkTiles tiles at a time.
 inline void product(Context c, int thread, const Matrix& w, const Rows& x, int64_t rows, int64_t n0, int64_t n1,
                     float* out, int64_t ld) {
+    if (w.layout == Layout::bf16_rows && kAmx) {
+        uint8_t* edge = static_cast<uint8_t*>(c.pool->scratch(thread, block_scratch(w, rows)));
+        return amx_bf16_product(w, x, rows, n0, n1, out, ld, edge);
+    }
     if (w.layout == Layout::bf16_rows) return dot_product<BFloat16Dot>(w, x.half, rows, n0, n1, out, ld);
     if (w.layout == Layout::f32_rows) return dot_product<Float32Dot>(w, x.wide, rows, n0, n1, out, ld);
     if (rows == 1) return stream_tiles<1>(w, x, n0, n1, out, ld);
