@@ -3,12 +3,14 @@
 // (this file is compiled without contraction of a * b + c); ops/packing.py has the same in torch.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace nb = nanobind;
 
@@ -242,26 +244,27 @@ CIUIC_INLINE void unpack_any(Layout layout, const void* src, int64_t rows, int64
     }
 }
 
-// The same code for several instruction sets; the machine's best is chosen at the first call.
+// The same code for several instruction sets; the machine's best is used unless another is named.
 using PackFunction = bool (*)(Layout, const void*, int64_t, int64_t, void*);
 using UnpackFunction = void (*)(Layout, const void*, int64_t, int64_t, float*);
 
 struct Functions {
+    const char* isa;
+    bool usable;
     PackFunction bf16, f32;
     UnpackFunction unpack;
 };
 
-#define CIUIC_FUNCTIONS(NAME, ATTRIBUTE)                                                                    \
-    ATTRIBUTE bool pack_bf16_##NAME(Layout layout, const void* s, int64_t r, int64_t c, void* d) {          \
-        return pack_any<BFloat16>(layout, s, r, c, d);                                                      \
-    }                                                                                                       \
-    ATTRIBUTE bool pack_f32_##NAME(Layout layout, const void* s, int64_t r, int64_t c, void* d) {           \
-        return pack_any<Float32>(layout, s, r, c, d);                                                       \
-    }                                                                                                       \
-    ATTRIBUTE void unpack_##NAME(Layout layout, const void* s, int64_t r, int64_t c, float* d) {            \
-        unpack_any(layout, s, r, c, d);                                                                     \
-    }                                                                                                       \
-    constexpr Functions k_##NAME{pack_bf16_##NAME, pack_f32_##NAME, unpack_##NAME};
+#define CIUIC_FUNCTIONS(NAME, ATTRIBUTE)                                                           \
+    ATTRIBUTE bool pack_bf16_##NAME(Layout layout, const void* s, int64_t r, int64_t c, void* d) { \
+        return pack_any<BFloat16>(layout, s, r, c, d);                                             \
+    }                                                                                              \
+    ATTRIBUTE bool pack_f32_##NAME(Layout layout, const void* s, int64_t r, int64_t c, void* d) {  \
+        return pack_any<Float32>(layout, s, r, c, d);                                              \
+    }                                                                                              \
+    ATTRIBUTE void unpack_##NAME(Layout layout, const void* s, int64_t r, int64_t c, float* d) {   \
+        unpack_any(layout, s, r, c, d);                                                            \
+    }
 
 CIUIC_FUNCTIONS(portable, )
 #ifdef CIUIC_DISPATCH
@@ -269,39 +272,58 @@ CIUIC_FUNCTIONS(avx2, __attribute__((target("avx2"))))
 CIUIC_FUNCTIONS(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
 #endif
 
-const Functions& functions() {
+// The best first.
+const std::vector<Functions>& all_functions() {
+    static const std::vector<Functions> all = {
 #ifdef CIUIC_DISPATCH
-    static const Functions& best =
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-            ? k_avx512
-        : __builtin_cpu_supports("avx2") ? k_avx2
-                                         : k_portable;
-    return best;
-#else
-    return k_portable;
+        {"avx512",
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+         pack_bf16_avx512, pack_f32_avx512, unpack_avx512},
+        {"avx2", __builtin_cpu_supports("avx2") != 0, pack_bf16_avx2, pack_f32_avx2, unpack_avx2},
 #endif
+        {"portable", true, pack_bf16_portable, pack_f32_portable, unpack_portable},
+    };
+    return all;
+}
+
+const Functions& functions(const std::string& isa) {
+    for (const Functions& f : all_functions())
+        if (f.usable && (isa.empty() || isa == f.isa)) return f;
+    throw std::invalid_argument("this machine does not pack with " + isa);
+}
+
+std::vector<std::string> pack_instruction_sets() {
+    std::vector<std::string> usable;
+    for (const Functions& f : all_functions())
+        if (f.usable) usable.push_back(f.isa);
+    return usable;
 }
 
 // Addresses of a contiguous matrix [rows, columns] and of the packed bytes; the caller has checked types and sizes.
 // False, with the destination half written, where a value is not finite or too large for the layout.
 bool pack_matrix(const std::string& layout, uintptr_t src, const std::string& src_dtype, int64_t rows, int64_t columns,
-                 uintptr_t dst) {
+                 uintptr_t dst, const std::string& isa) {
     const Layout to = layout_named(layout);
     if (src_dtype != "bf16" && src_dtype != "f32") throw std::invalid_argument("cannot pack from " + src_dtype);
-    const PackFunction pack = src_dtype == "bf16" ? functions().bf16 : functions().f32;
+    const PackFunction pack = src_dtype == "bf16" ? functions(isa).bf16 : functions(isa).f32;
     nb::gil_scoped_release unlocked;
     return pack(to, reinterpret_cast<const void*>(src), rows, columns, reinterpret_cast<void*>(dst));
 }
 
-void unpack_matrix(const std::string& layout, uintptr_t src, int64_t rows, int64_t columns, uintptr_t dst) {
+void unpack_matrix(const std::string& layout, uintptr_t src, int64_t rows, int64_t columns, uintptr_t dst,
+                   const std::string& isa) {
     const Layout from = layout_named(layout);
+    const UnpackFunction unpack = functions(isa).unpack;
     nb::gil_scoped_release unlocked;
-    functions().unpack(from, reinterpret_cast<const void*>(src), rows, columns, reinterpret_cast<float*>(dst));
+    unpack(from, reinterpret_cast<const void*>(src), rows, columns, reinterpret_cast<float*>(dst));
 }
 
 }  // namespace
 
 void bind_pack(nb::module_& m) {
-    m.def("pack_matrix", &pack_matrix);
-    m.def("unpack_matrix", &unpack_matrix);
+    m.def("pack_matrix", &pack_matrix, nb::arg("layout"), nb::arg("src"), nb::arg("src_dtype"), nb::arg("rows"),
+          nb::arg("columns"), nb::arg("dst"), nb::arg("isa") = "");
+    m.def("unpack_matrix", &unpack_matrix, nb::arg("layout"), nb::arg("src"), nb::arg("rows"), nb::arg("columns"),
+          nb::arg("dst"), nb::arg("isa") = "");
+    m.def("pack_instruction_sets", &pack_instruction_sets);
 }

@@ -60,6 +60,28 @@ def test_kernel_and_reference_give_the_same_bits(
     assert torch.equal(restored, unpack_reference(got, layout, rows, columns))
 
 
+@native_only
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_instruction_set_gives_the_same_bits(layout: str, dtype: torch.dtype) -> None:
+    native = kernels()
+    assert native is not None
+    sets = native.pack_instruction_sets()
+    assert sets[-1] == "portable"
+    for kind in ("normal", "ties", "tiny", "large", "sparse"):
+        weight = made(37, 300, kind, 8).to(dtype).contiguous()
+        expected, source = packed(weight, layout), {torch.bfloat16: "bf16", torch.float32: "f32"}[dtype]
+        restored = unpack(expected, layout, 37, 300)
+        for isa in sets:
+            into, back = torch.empty_like(expected), torch.empty(37, 300)
+            assert native.pack_matrix(layout, weight.data_ptr(), source, 37, 300, into.data_ptr(), isa)
+            native.unpack_matrix(layout, into.data_ptr(), 37, 300, back.data_ptr(), isa)
+            assert torch.equal(into, expected), isa
+            assert torch.equal(back, restored), isa
+    with pytest.raises(ValueError, match="does not pack with mmx"):
+        native.pack_matrix(layout, 0, "bf16", 0, 0, 0, "mmx")
+
+
 @pytest.mark.parametrize("layout", TILED)
 @pytest.mark.parametrize("shape", [(1, 1), (16, 128), (17, 129), (64, 1408), (5, 64)], ids=str)
 def test_values_come_back_within_half_a_step(shape: tuple[int, int], layout: str) -> None:
