@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from ciuic_runtime.engine.llm import LLM
     from ciuic_runtime.engine.request import RequestOutput
     from ciuic_runtime.engine.sampling import SamplingParams
+    from ciuic_runtime.memory.tensor import CiuicTensor
     from ciuic_runtime.model import Model
+    from ciuic_runtime.ops.custom import Cost, CustomOperator, register_operator, unregister_operator
     from ciuic_runtime.planning import plan
     from ciuic_runtime.schedulers.cost import Calibration, CostModel
     from ciuic_runtime.schedulers.graph import Task, TaskGraph
@@ -42,7 +44,12 @@ _HOMES = {
     "LLM": "engine.llm",
     "RequestOutput": "engine.request",
     "SamplingParams": "engine.sampling",
+    "CiuicTensor": "memory.tensor",
     "Model": "model",
+    "Cost": "ops.custom",
+    "CustomOperator": "ops.custom",
+    "register_operator": "ops.custom",
+    "unregister_operator": "ops.custom",
     "plan": "planning",
     "Calibration": "schedulers.cost",
     "CostModel": "schedulers.cost",
@@ -57,9 +64,10 @@ _HOMES = {
     "Workload": "schedulers.workload",
 }
 __all__ = [
-    "LLM", "Calibration", "CiuicError", "CostModel", "DeviceManager", "DeviceSpec", "InvalidInput", "Link", "Model",
-    "OutOfMemory", "Placement", "RequestOutput", "SamplingParams", "Schedule", "Task", "TaskGraph", "TaskScheduler",
-    "Topology", "Trace", "Workload", "plan", "policy", "simulate",
+    "LLM", "Calibration", "CiuicError", "CiuicTensor", "Cost", "CostModel", "CustomOperator", "DeviceManager",
+    "DeviceSpec", "InvalidInput", "Link", "Model", "OutOfMemory", "Placement", "RequestOutput", "SamplingParams",
+    "Schedule", "Task", "TaskGraph", "TaskScheduler", "Topology", "Trace", "Workload", "plan", "policy",
+    "register_operator", "simulate", "unregister_operator",
 ]  # fmt: skip
 
 

@@ -25,6 +25,7 @@ def run_report(llm: LLM, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         "decode_tokens_per_s": trace.tokens_per_s("decode"),
         "peak_memory_bytes": llm.peak_memory_bytes(),
         "threads": llm.threads,
+        "kernels": llm.kernels,
         "schedule": llm.schedule.to_dict(),
         "actual_against_forecast": trace.against(llm.schedule).to_dict(),
         "notes": list(trace.notes),

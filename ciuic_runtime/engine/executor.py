@@ -18,8 +18,10 @@ from ciuic_runtime.memory.kv_cache import KVCache
 from ciuic_runtime.models.batch import Batch
 from ciuic_runtime.models.checkpoint import Checkpoint
 from ciuic_runtime.models.forward import Forward
+from ciuic_runtime.models.native_composed import ComposedForward
 from ciuic_runtime.models.native_forward import NativeForward
 from ciuic_runtime.models.spec import ModelSpec
+from ciuic_runtime.ops.custom import Replacements
 from ciuic_runtime.ops.native import REFERENCE, operators
 from ciuic_runtime.schedulers.graph import Phase, Task, TaskGraph
 from ciuic_runtime.schedulers.schedule import Schedule
@@ -43,7 +45,8 @@ class _Instruction:
 
 
 class LocalExecutor:
-    """One process, any number of devices; one task at a time. `kernels` is an instruction set, or "reference"."""
+    """One process, any number of devices; one task at a time. `kernels` is an instruction set, or "reference";
+    `replaced` are the user's operators."""
 
     def __init__(
         self,
@@ -57,10 +60,12 @@ class LocalExecutor:
         progress: Progress | None = None,
         kernels: str = REFERENCE,
         threads: int = 1,
+        replaced: Replacements | None = None,
     ) -> None:
         schedule.validate(graph)
         self.graph, self.schedule, self.backends, self.recorder = graph, schedule, backends, recorder
         self.native, self.threads = kernels != REFERENCE, threads
+        self.replaced = replaced or Replacements()
         self.dtype: torch.dtype = torch.float32 if graph.format == "float32" else torch.bfloat16
         self._checkpoint = checkpoint
         values = round(spec.kv_values_per_token / spec.num_layers)
@@ -74,9 +79,12 @@ class LocalExecutor:
 
     def _forward(self, spec: ModelSpec, kernels: str, backend: Backend) -> Forward | NativeForward:
         if not self.native:
-            return Forward(spec, self.cache)
+            return Forward(spec, self.cache, self.replaced)
         bound = str(backend.spec.facts.get("allowed_cpus", "")) if ":" in backend.spec.name else ""
-        return NativeForward(spec, self.cache, operators(kernels, self.threads, tuple(sorted(parse_cpu_list(bound))) if bound else ()))
+        native = operators(kernels, self.threads, sorted(parse_cpu_list(bound)) if bound else ())
+        if self.replaced:
+            return ComposedForward(spec, self.cache, native, self.replaced)
+        return NativeForward(spec, self.cache, native)
 
     @torch.inference_mode()
     def step(self, batch: Batch, phase: Phase, sampler: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:

@@ -82,7 +82,7 @@ class LLM:
         num_blocks = blocks_for(self.context) * self.max_num_seqs
         self._executor = LocalExecutor(
             self.model.spec, self.model.graph, self.schedule, self._checkpoint, self._backends, num_blocks,
-            self._recorder, progress, self.kernels, self.threads,
+            self._recorder, progress, self.kernels, self.threads, self._setup.replaced,
         )  # fmt: skip
         self._queue = RequestQueue(num_blocks, self.max_num_seqs, config.prefill_chunk)
         self._tokenizer: Tokenizer | None = None
@@ -171,6 +171,7 @@ class LLM:
     def trace(self) -> Trace:
         """What happened in the last `generate`, `stream` or `logits`."""
         notes = [f"{d.name} is simulated" for d in self.topology.devices if d.simulated and d.name in self._backends]
+        notes += [f"operator {r.name!r} replaces {r.replaces}" for r in self._setup.replaced.by_replaced.values()]
         return self._recorder.trace(self.schedule.devices_used(), notes)
 
     def peak_memory_bytes(self) -> dict[str, int]:

@@ -4,7 +4,7 @@ Everything that can be refused is refused here, before a weight is read."""
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ciuic_runtime.devices.cpu import discover_cpus
 from ciuic_runtime.devices.errors import InvalidInput, OutOfMemory
@@ -14,6 +14,8 @@ from ciuic_runtime.devices.units import format_bytes
 from ciuic_runtime.engine.config import RuntimeConfig
 from ciuic_runtime.model import Model
 from ciuic_runtime.models.checkpoint import Checkpoint
+from ciuic_runtime.models.spec import ModelSpec
+from ciuic_runtime.ops.custom import Replacements
 from ciuic_runtime.ops.native import REFERENCE, instruction_set
 from ciuic_runtime.planning import plan
 from ciuic_runtime.schedulers.cost import CostModel
@@ -39,6 +41,7 @@ class Setup:
     max_num_seqs: int
     threads: int
     kernels: str  # instruction set, or "reference"
+    replaced: Replacements = field(default_factory=Replacements)  # the user's operators, as registered now
 
     def forecast(self, work: Workload) -> Schedule:
         """The schedule with its forecast made anew for a workload; without one where a device's speed is not known."""
@@ -70,7 +73,9 @@ def set_up(
     context, batch, schedule = _fit(model, topology, config, schedule)
     cores = sum(topology.device(n).cores for n in schedule.devices_used() if topology.device(n).kind == "CPU")
     threads = config.threads or max(1, cores or sum(d.cores for d in discover_cpus()))
-    setup = Setup(model, topology, schedule, context, batch, threads, _kernels(config, model, schedule))
+    kernels, replaced = _kernels(config, model, schedule), Replacements.now()
+    _warn_of_unused(replaced, spec)
+    setup = Setup(model, topology, schedule, context, batch, threads, kernels, replaced)
     expected = replace(config.workload or schedule.workload, batch=batch)
     stale = schedule.policy == "as given" or schedule.workload != expected
     return replace(setup, schedule=setup.forecast(expected)) if stale else setup
@@ -78,10 +83,28 @@ def set_up(
 
 def _kernels(config: RuntimeConfig, model: Model, schedule: Schedule) -> str:
     """Native kernels compute everything but float32 on CPUs and on what a CPU plays; else the torch operators do."""
+    chosen = instruction_set(config.kernels)
     kinds = {schedule.topology.device(name).kind for name in schedule.devices_used()}
-    if model.format == "float32" or not kinds <= {"CPU", "SIM"}:
-        return REFERENCE
-    return instruction_set(config.kernels)
+    if model.format != "float32" and kinds <= {"CPU", "SIM"}:
+        return chosen
+    if config.kernels not in ("auto", REFERENCE):
+        what = "in float32" if model.format == "float32" else f"on {', '.join(sorted(schedule.devices_used()))}"
+        raise InvalidInput(
+            f"kernels {config.kernels!r} were asked for; {model.spec.name} {what} is computed by 'reference' only; "
+            "leave the kernels out, or try another dtype or device"
+        )
+    return REFERENCE
+
+
+def _warn_of_unused(replaced: Replacements, spec: ModelSpec) -> None:
+    """Says which of the user's operators this model has no place for."""
+    used = {"rms_norm", "silu"} | ({"route", "combine", spec.moe.scoring} if spec.moe else set())
+    for found in replaced.by_replaced.values():
+        if found.replaces not in used:
+            log.warning(
+                "operator %r replaces %s, which %s does not compute; it has %s",
+                found.name, found.replaces, spec.name, ", ".join(sorted(used)),
+            )  # fmt: skip
 
 
 def _fit(model: Model, topology: Topology, config: RuntimeConfig, given: Schedule | None) -> tuple[int, int, Schedule]:

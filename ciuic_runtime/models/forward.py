@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 
 from ciuic_runtime.memory.kv_cache import KVCache
 from ciuic_runtime.models.batch import Batch
-from ciuic_runtime.models.spec import ModelSpec
+from ciuic_runtime.models.spec import ModelSpec, MoeSpec
 from ciuic_runtime.ops.attention import attend, mla_absorbed, mla_expanded
-from ciuic_runtime.ops.moe import combine, experts, route, swiglu
+from ciuic_runtime.ops.custom import Replacements
+from ciuic_runtime.ops.moe import SCORES, choose, combine, experts, router_logits, swiglu
 from ciuic_runtime.ops.rms_norm import rms_norm
 from ciuic_runtime.ops.rope import apply_rope, rope_frequencies, rope_table, softmax_scale
 from ciuic_runtime.schedulers.graph import Task
@@ -39,11 +41,17 @@ ExpertsFunction = Callable[[Pass, torch.Tensor, torch.Tensor], torch.Tensor]  # 
 CombineFunction = Callable[[Pass, torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
 
 
-class Forward:
-    """Makes the function of each task. `cache` holds the entries of all layers."""
+def router(replaced: Replacements, moe: MoeSpec, task: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """(logits, bias, moe) -> expert ids and weights, with the user's operators where there are some."""
+    score = replaced.function(moe.scoring, SCORES[moe.scoring], task)
+    return replaced.function("route", partial(choose, score=score), task)
 
-    def __init__(self, spec: ModelSpec, cache: KVCache) -> None:
-        self.spec, self.cache = spec, cache
+
+class Forward:
+    """Makes the function of each task. `cache` holds the entries of all layers; `replaced` are the user's operators."""
+
+    def __init__(self, spec: ModelSpec, cache: KVCache, replaced: Replacements | None = None) -> None:
+        self.spec, self.cache, self.replaced = spec, cache, replaced or Replacements()
         self.inv_freq, self.rope_factor = rope_frequencies(spec.rope)
         # Where a family's own code rounds: V2 turns in float32, the others in the type of the activations. Routers sit
         # on thresholds, so rounding elsewhere picks other experts now and then.
@@ -57,33 +65,36 @@ class Forward:
 
     def function(self, task: Task, w: Weights) -> TaskFunction:
         """The function of a task other than `experts`, whose inputs are the outputs of the tasks it comes after."""
-        spec = self.spec
+        spec, norm = self.spec, self.replaced.function("rms_norm", rms_norm, task.name)
+        silu = self.replaced.function("silu", F.silu, task.name)
         if task.kind == "embedding":
             return lambda p: F.embedding(p.batch.token_ids, w["weight"])
         if task.name == "final_norm":
-            return lambda p, x: rms_norm(x[p.batch.sampled_rows], w["weight"], spec.rms_norm_eps)
+            return lambda p, x: norm(x[p.batch.sampled_rows], w["weight"], spec.rms_norm_eps)
         if task.kind == "norm":
-            return lambda p, x: rms_norm(x, w["weight"], spec.rms_norm_eps)
+            return lambda p, x: norm(x, w["weight"], spec.rms_norm_eps)
         if task.kind == "attention":
             assert task.layer is not None
             return self._mla(task.layer, w) if spec.mla else self._grouped_query(task.layer, w)
         if task.kind == "mlp":
-            return lambda p, x, residual: residual + swiglu(x, w)
+            return lambda p, x, residual: residual + swiglu(x, w, silu)
         if task.kind == "shared_experts":
-            return lambda p, x: swiglu(x, w)
+            return lambda p, x: swiglu(x, w, silu)
         if task.kind == "router":
             moe = spec.moe
             assert moe is not None
-            return lambda p, x: route(x, w["gate"], w.get("e_score_correction_bias"), moe)
+            chosen = router(self.replaced, moe, task.name)
+            return lambda p, x: chosen(router_logits(x, w["gate"]), w.get("e_score_correction_bias"), moe)
         assert task.kind == "head", task.kind
         return lambda p, x: F.linear(x, w["weight"]).float()
 
     def experts(self, task: Task, weights: Mapping[int, Weights]) -> ExpertsFunction:
         """(token, k) rows [tokens x k, hidden] of those of a layer's experts that are in `weights`."""
+        silu = self.replaced.function("silu", F.silu, task.name)
 
         def rows_of(p: Pass, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
             rows = x.new_empty(ids.numel(), x.shape[1])
-            experts(x, ids, weights, rows)
+            experts(x, ids, weights, rows, silu)
             return rows
 
         return rows_of
@@ -91,8 +102,10 @@ class Forward:
     def combine(self, task: Task) -> CombineFunction:
         """Each token's rows, weighted, in the router's order; then what is added (shared experts, the residual)."""
 
+        weighted = self.replaced.function("combine", combine, task.name)
+
         def combined(p: Pass, rows: torch.Tensor, weights: torch.Tensor, added: Sequence[torch.Tensor]) -> torch.Tensor:
-            total = combine(rows, weights)
+            total: torch.Tensor = weighted(rows.view(*weights.shape, -1), weights)
             for value in added:
                 total = total + value
             return total

@@ -116,7 +116,7 @@ class NativeForward:
             run(table, p.batch.token_ids.data_ptr(), p.rows, hidden, out.data_ptr())
             return out
 
-        return _keeping(page, embedding)
+        return keeping(page, embedding)
 
     def _norm(self, page: NativePage) -> TaskFunction:
         weight, hidden, eps = page.address("weight"), self.spec.hidden_size, self.spec.rms_norm_eps
@@ -127,7 +127,7 @@ class NativeForward:
             run(x.data_ptr(), weight, p.rows, hidden, eps, out.data_ptr())
             return out
 
-        return _keeping(page, norm)
+        return keeping(page, norm)
 
     def _final_norm(self, page: NativePage) -> TaskFunction:
         weight, hidden, eps = page.address("weight"), self.spec.hidden_size, self.spec.rms_norm_eps
@@ -139,10 +139,10 @@ class NativeForward:
             run(wanted.data_ptr(), weight, wanted.shape[0], hidden, eps, out.data_ptr())
             return out
 
-        return _keeping(page, final_norm)
+        return keeping(page, final_norm)
 
     def _head(self, page: NativePage) -> TaskFunction:
-        matrix, vocab, run = page.matrix("head" if self.spec.tied_embeddings else "weight"), self.spec.vocab_size, None
+        matrix, vocab = page.matrix("head" if self.spec.tied_embeddings else "weight"), self.spec.vocab_size
         run = self.operators.linear
 
         def head(p: NativePass, x: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ class NativeForward:
             run(matrix, 0, x.data_ptr(), x.shape[0], 0, out.data_ptr())
             return out
 
-        return _keeping(page, head)
+        return keeping(page, head)
 
     def _mlp(self, page: NativePage, out_name: str) -> TaskFunction:
         weights, hidden, run = self._mlp_weights(page), self.spec.hidden_size, self.operators.mlp
@@ -160,7 +160,7 @@ class NativeForward:
             run(weights, x.data_ptr(), p.rows, 0 if residual is None else residual.data_ptr(), out.data_ptr())
             return out
 
-        return _keeping(page, mlp)
+        return keeping(page, mlp)
 
     def _mlp_weights(self, page: NativePage) -> Any:
         gate, up, down = (page.matrix(r) for r in ("gate_proj", "up_proj", "down_proj"))
@@ -183,7 +183,7 @@ class NativeForward:
             run(params, gate, bias, x.data_ptr(), p.rows, ids.data_ptr(), weights.data_ptr())
             return ids, weights
 
-        return _keeping(page, route)
+        return keeping(page, route)
 
     def _mla(self, layer: int, page: NativePage) -> TaskFunction:
         mla, spec = self.spec.mla, self.spec
@@ -213,10 +213,10 @@ class NativeForward:
             run(weights, rope, p.native, x.data_ptr(), residual.data_ptr(), cache, out.data_ptr())
             return out
 
-        return _keeping(page, attention)
+        return keeping(page, attention)
 
 
-def _keeping(page: NativePage, function: TaskFunction) -> TaskFunction:
+def keeping(page: NativePage, function: TaskFunction) -> TaskFunction:
     """The function, which knows its weights by address only, with the page that keeps them in memory."""
     function.page = page  # type: ignore[attr-defined]
     return function

@@ -36,6 +36,18 @@ class NativePage:
         """Of the part's first byte; 0 where the page has no such part."""
         return self._parts[role][1].data_ptr() if role in self._parts else 0
 
+    def tensor(self, role: str) -> torch.Tensor | None:
+        """A part that is held row after row, as torch takes it; None where the page has no such part."""
+        if role not in self._parts:
+            return None
+        part, memory = self._parts[role]
+        dtype = {"f32-rows": torch.float32, "bf16-rows": torch.bfloat16}[part.layout]
+        return memory.view(dtype).view(part.shape)
+
+    def shape(self, role: str) -> tuple[int, ...]:
+        """Before padding."""
+        return self._parts[role][0].shape
+
     def layout(self, role: str) -> str:
         return self._parts[role][0].layout
 

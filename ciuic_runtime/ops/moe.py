@@ -3,29 +3,53 @@ are here, `combine` adds each token's rows in the router's order."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 
 from ciuic_runtime.models.spec import MoeSpec
 
+Elementwise = Callable[[torch.Tensor], torch.Tensor]
 
-def swiglu(x: torch.Tensor, w: Mapping[str, torch.Tensor]) -> torch.Tensor:
+
+def swiglu(x: torch.Tensor, w: Mapping[str, torch.Tensor], silu: Elementwise = F.silu) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)): x [tokens, hidden] -> [tokens, hidden]."""
     gate = F.linear(x, w["gate_proj"], w.get("gate_proj_bias"))
     up = F.linear(x, w["up_proj"], w.get("up_proj_bias"))
-    return F.linear(F.silu(gate) * up, w["down_proj"], w.get("down_proj_bias"))
+    return F.linear(silu(gate) * up, w["down_proj"], w.get("down_proj_bias"))
 
 
 def route(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, moe: MoeSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [tokens, hidden] -> expert ids [tokens, k] int64, most wanted first, and their weights [tokens, k] float32.
+    """x [tokens, hidden] -> expert ids [tokens, k] int64, most wanted first, and their weights [tokens, k] float32."""
+    return choose(router_logits(x, weight), bias, moe)
+
+
+def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """float32 [tokens, experts]."""
+    return F.linear(x.float(), weight.float())
+
+
+def choose(
+    logits: torch.Tensor, bias: torch.Tensor | None, moe: MoeSpec, score: Elementwise | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts that logits [tokens, experts] speak for, as `route` gives them."""
+    return select((score or SCORES[moe.scoring])(logits), bias, moe)
+
+
+def softmax(logits: torch.Tensor) -> torch.Tensor:
+    return logits.softmax(dim=-1)
+
+
+SCORES: Mapping[str, Elementwise] = {"softmax": softmax, "sigmoid": torch.sigmoid}
+
+
+def select(scores: torch.Tensor, bias: torch.Tensor | None, moe: MoeSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """scores [tokens, experts] -> ids and weights of the chosen.
 
     The selection bias takes part in choosing, never in weighting (DeepSeek-V3, section 2.1.2)."""
-    logits = F.linear(x.float(), weight.float())
-    scores = logits.sigmoid() if moe.scoring == "sigmoid" else logits.softmax(dim=-1)
     wanted = scores if bias is None else scores + bias
     if moe.method != "greedy" and moe.num_groups > 1:
         wanted = _within_best_groups(wanted, moe)
@@ -50,19 +74,21 @@ def _within_best_groups(wanted: torch.Tensor, moe: MoeSpec) -> torch.Tensor:
 
 
 def experts(
-    x: torch.Tensor, ids: torch.Tensor, weights: Mapping[int, Mapping[str, torch.Tensor]], rows: torch.Tensor
-) -> None:
+    x: torch.Tensor, ids: torch.Tensor, weights: Mapping[int, Mapping[str, torch.Tensor]], rows: torch.Tensor,
+    silu: Elementwise = F.silu,
+) -> None:  # fmt: skip
     """Fills rows [tokens x k, hidden] for every (token, k) whose expert is in `weights`; leaves the others alone."""
     k = ids.shape[1]
     flat = ids.flatten()
     for expert in torch.unique(flat).tolist():
         if expert in weights:
             where = (flat == expert).nonzero().flatten()
-            rows[where] = swiglu(x[where // k], weights[expert])
+            rows[where] = swiglu(x[where // k], weights[expert], silu)
 
 
 def combine(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """rows [tokens x k, hidden], weights [tokens, k] -> [tokens, hidden]: weighted rows added in the router's order."""
+    """rows [tokens x k, hidden] (or [tokens, k, hidden]), weights [tokens, k] -> [tokens, hidden]: weighted rows added
+    in the router's order."""
     tokens, k = weights.shape
     by_token = rows.view(tokens, k, -1)
     total = by_token[:, 0].float() * weights[:, :1]
