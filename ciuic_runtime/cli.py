@@ -77,6 +77,7 @@ ScheduleOption = Annotated[
     Path | None, typer.Option("--schedule", metavar="FILE.json", help="a saved schedule to carry out")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="default: the cores this process may use")]
+Kernels = Annotated[str, typer.Option("--kernels", help="auto, amx, avx512, avx2, portable or reference")]
 Context = Annotated[int | None, typer.Option("--context", help="positions per sequence: prompt and new tokens")]
 
 
@@ -99,13 +100,16 @@ def devices(
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(kernels: Kernels = "auto", as_json: JsonOption = False) -> None:
     """Show what is installed, which kernels are used, and what is missing."""
     from ciuic_runtime.doctor import diagnose
+    from ciuic_runtime.ops.registry import registry_report
     from ciuic_runtime.show import checks_table
 
-    checks = diagnose()
-    _result(as_json, {"schema_version": 1, "checks": [asdict(c) for c in checks]}, lambda: checks_table(checks))
+    checks, report = diagnose(), registry_report(kernels)
+    found = report.to_dict() if report else {"kernels": None, "operators": []}  # no torch: nothing computes
+    document = {"schema_version": 1, "checks": [asdict(c) for c in checks], **found}
+    _result(as_json, document, lambda: f"{checks_table(checks)}\n\n{report or 'operators: none without torch'}")
 
 
 @app.command()
@@ -163,6 +167,7 @@ def run(
     goal: GoalOption = None,
     devices: DevicesOption = None,
     threads: Threads = None,
+    kernels: Kernels = "auto",
     context: Context = None,
     executor: Annotated[str, typer.Option("--executor", help="local")] = "local",
     stages: Annotated[int, typer.Option("--stages", help="stages of a cluster; 1 in this version")] = 1,
@@ -195,7 +200,7 @@ def run(
     work = ciuic.Workload(max(map(len, ids)), max_tokens, len(ids))
     with _open(
         checkpoint, dtype=dtype, schedule=schedule, placement=placement, memory=memory, goal=goal, devices=devices,
-        threads=threads, executor=executor, context=context, workload=work,
+        threads=threads, kernels=kernels, executor=executor, context=context, workload=work,
     ) as llm:  # fmt: skip
         outputs, interrupted = _generate(llm, ids, params, show=not as_json)
         report = run_report(llm, outputs)
@@ -226,6 +231,7 @@ def chat(
     memory: MemoryOption = None,
     devices: DevicesOption = None,
     threads: Threads = None,
+    kernels: Kernels = "auto",
     context: Context = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -243,7 +249,7 @@ def chat(
     )  # none, or one that refuses: say so now
     with _open(
         checkpoint, dtype=dtype, schedule=schedule, placement=placement, memory=memory, devices=devices,
-        threads=threads, context=context, max_num_seqs=1,
+        threads=threads, kernels=kernels, context=context, max_num_seqs=1,
     ) as llm:  # fmt: skip
         while question := _ask():
             asked = [*messages, {"role": "user", "content": question}]
