@@ -30,6 +30,7 @@ from ciuic_runtime.model import Model
 from ciuic_runtime.models.batch import Chunk, make_batch
 from ciuic_runtime.models.checkpoint import Checkpoint, open_checkpoint
 from ciuic_runtime.models.tokenizer import Tokenizer, load_tokenizer
+from ciuic_runtime.ops.native import REFERENCE
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.trace import Trace
@@ -75,7 +76,7 @@ class LLM:
         self._checkpoint = open_checkpoint(model) if isinstance(model, (str, Path)) else model
         self._setup = set_up(self._checkpoint, config, schedule, devices)
         self.schedule = self._setup.schedule
-        torch.set_num_threads(self.threads)
+        self._set_torch_threads()
         self._recorder = Recorder()
         used = self.schedule.devices_used()
         self._backends = {name: open_backend(self.topology.device(name), self.topology) for name in used}
@@ -260,9 +261,13 @@ class LLM:
     def _check_idle(self) -> None:
         if self._closed:
             raise InvalidInput("this LLM is closed; open another one")
-        torch.set_num_threads(self.threads)  # another LLM of this process may have chosen otherwise
+        self._set_torch_threads()  # another LLM of this process may have chosen otherwise
         if self._queue.running or self._queue.waiting:
             raise InvalidInput("an earlier stream is not at its end; read it to its end or close() it first")
+
+    def _set_torch_threads(self) -> None:
+        """Where native kernels compute, torch only picks rows and sorts: its threads would get in their way."""
+        torch.set_num_threads(self.threads if self.kernels == REFERENCE else 1)
 
     def _check_ids(self, ids: Sequence[int], what: str) -> None:
         spec = self.model.spec

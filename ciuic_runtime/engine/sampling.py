@@ -43,12 +43,15 @@ class SamplingParams:
 
 def sample(logits: torch.Tensor, params: SamplingParams, history: Sequence[int], seed: int, position: int) -> int:
     """One token from logits float32 [vocab]. `history` is prompt and output so far, for the repetition penalty."""
-    if not torch.isfinite(logits.max()):  # NaN, or infinite where it counts; the maximum is NaN where anything is
+    values = logits.numpy()
+    best = int(values.argmax())  # of a NaN, where there is one
+    if not np.isfinite(values[best]):
         raise FloatingPointError("the model produced NaN or infinite logits; its weights or activations overflow")
     if params.repetition_penalty != 1.0 and history:
         logits = _penalised(logits, params.repetition_penalty, history)
+        best = int(logits.argmax())
     if params.temperature == 0:
-        return int(logits.argmax())
+        return best
     # Differences to the largest, in double precision: a tiny temperature makes them -inf, never NaN.
     ranked, ids = ((logits - logits.max()).double() / params.temperature).sort(descending=True, stable=True)
     probabilities = _filtered(ranked.softmax(dim=0), params)

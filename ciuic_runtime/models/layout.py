@@ -102,8 +102,8 @@ def _layout(tensor: TensorSpec, format: str) -> str:
         return "f32-rows"  # norms, biases and the router: little to save, and routing sits on thresholds
     if tensor.page == "embedding":
         return "bf16-rows"  # one row is read per token
-    if tensor.page == "head" or tensor.role == "kv_a_proj_with_mqa":
-        return _precise(format)
+    if tensor.page == "head" or tensor.role in ("kv_a_proj_with_mqa", "k_proj", "v_proj"):
+        return _precise(format)  # small, and every later token reads what they make: they hurt most per byte
     return {"int4": "w4g128-t16", "int8": "w8g128-t16", "bfloat16": "bf16-rows"}[format]
 
 
