@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from ciuic_runtime.devices.errors import InvalidInput
+from ciuic_runtime.ops.native import kernels
 
 E4M3_MAX = 448.0
 
@@ -16,19 +17,34 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, in
 
 
 def dequantise(
-    weight: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int], dtype: torch.dtype
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor,
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """weight[i, j] x scale_inv[i // block rows, j // block columns], in float32 and rounded to `dtype` once.
-
-    Goes band by band (one row of blocks), so that no float32 copy of the whole matrix is made."""
+    """weight[i, j] x scale_inv[i // block rows, j // block columns], in float32 and rounded to `dtype` once; written
+    to `into` where that is given. By the kernel (csrc/fp8.cpp) for the types that it knows."""
     rows, columns = weight.shape
     if tuple(scale_inv.shape) != scale_shape((rows, columns), block):
         raise InvalidInput(
             f"FP8 scales of shape {list(scale_inv.shape)} do not fit a weight of shape {list(weight.shape)}: "
             f"blocks of {block[0]} x {block[1]} need {list(scale_shape((rows, columns), block))}"
         )
-    result = torch.empty(rows, columns, dtype=dtype)
-    scales = scale_inv.to(torch.float32)
+    result = torch.empty(rows, columns, dtype=dtype) if into is None else into
+    native, scales = kernels(), scale_inv.to(torch.float32).contiguous()
+    if native is None or dtype not in (torch.float32, torch.bfloat16) or not result.is_contiguous():
+        return dequantise_reference(weight, scales, block, result)
+    source, bf16 = weight.contiguous(), dtype == torch.bfloat16
+    native.dequantise_fp8(source.data_ptr(), rows, columns, scales.data_ptr(), *block, result.data_ptr(), bf16)
+    return result
+
+
+def dequantise_reference(
+    weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], result: torch.Tensor
+) -> torch.Tensor:
+    """Band by band (one row of blocks), so that no float32 copy of the whole matrix is made."""
+    rows, columns = weight.shape
     for band, scale in enumerate(scales):
         here = slice(band * block[0], min((band + 1) * block[0], rows))
         by_column = scale.repeat_interleave(block[1])[:columns]  # [columns]

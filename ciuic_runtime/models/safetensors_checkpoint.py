@@ -123,7 +123,7 @@ class SafetensorsCheckpoint:
             last = min(first + step, rows)
             with self._file(entry).passing(chunk) as values:
                 scales = scale[first // block[0] : -(-last // block[0])]
-                result[first:last] = fp8.dequantise(values.view(last - first, columns), scales, block, dtype)
+                fp8.dequantise(values.view(last - first, columns), scales, block, dtype, into=result[first:last])
         return result
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ciuic_runtime.devices.errors import InvalidInput
+from ciuic_runtime.models import fp8
 from ciuic_runtime.models.fp8 import dequantise, e4m3_to_float32, quantise, scale_shape
 
 
@@ -29,6 +30,12 @@ def random_fp8(shape: tuple[int, int], block: tuple[int, int]) -> tuple[torch.Te
 SHAPES = [(1, 1), (128, 128), (256, 384), (576, 256), (192, 192), (130, 257), (127, 129), (7, 300), (300, 7)]
 
 
+@pytest.fixture(params=["kernel", "reference"], autouse=True)
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "reference":
+        monkeypatch.setattr(fp8, "kernels", lambda: None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dequantise_is_the_formula_bit_by_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -42,6 +49,31 @@ def test_dequantise_is_the_formula_bit_by_bit(shape: tuple[int, int], dtype: tor
 def test_other_block_sizes(block: tuple[int, int]) -> None:
     weight, scale = random_fp8((100, 200), block)
     assert torch.equal(dequantise(weight, scale, block, torch.float32), by_formula(weight, scale, block, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_byte_times_scales_of_every_size(dtype: torch.dtype) -> None:
+    """Subnormal values, results that round, overflow and vanish, and NaN."""
+    weight = torch.arange(256, dtype=torch.uint8).repeat(9, 1).view(torch.float8_e4m3fn)
+    scale = torch.tensor([1.0, 3.3, 1e-3, 1e-30, 1e-39, 1e-44, 3e38, 0.0, -1.7])[:, None]
+    got = dequantise(weight, scale, (1, 256), dtype)
+    expected = by_formula(weight, scale, (1, 256), dtype)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.nan_to_num(7.0).view(torch.uint8), expected.nan_to_num(7.0).view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_into_part_of_a_larger_matrix(dtype: torch.dtype) -> None:
+    weight, scale = random_fp8((6, 40), (4, 16))
+    whole = torch.full((10, 40), 9.0, dtype=dtype)
+    dequantise(weight, scale, (4, 16), dtype, into=whole[2:8])
+    assert torch.equal(whole[2:8], by_formula(weight, scale, (4, 16), dtype))
+    assert (whole[:2] == 9).all()
+    assert (whole[8:] == 9).all()
+    wide = torch.full((6, 50), 9.0, dtype=dtype)
+    dequantise(weight, scale, (4, 16), dtype, into=wide[:, :40])
+    assert torch.equal(wide[:, :40], whole[2:8])
+    assert (wide[:, 40:] == 9).all()
 
 
 def test_bfloat16_scales() -> None:
