@@ -157,6 +157,7 @@ _CHECKS: tuple[Callable[[], Check], ...] = (
     _probe,
     _compiler,
     _package("safetensors", "checkpoints cannot be read", "pip install safetensors"),
+    _package("xxhash", "packed folders can be neither read nor written", "pip install xxhash"),
     _package("tokenizers", "prompts must be given as token ids", "pip install tokenizers"),
     _nvidia_driver,
     _torch_cuda,

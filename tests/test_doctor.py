@@ -11,8 +11,8 @@ from ciuic_runtime import doctor
 from ciuic_runtime.doctor import Check, diagnose
 
 NAMES = [
-    "python", "torch", "native kernels", "bandwidth probe", "C++ compiler", "safetensors", "tokenizers",
-    "NVIDIA driver", "CUDA in torch", "triton", "ray", "transformers",
+    "python", "torch", "native kernels", "bandwidth probe", "C++ compiler", "safetensors", "xxhash",
+    "tokenizers", "NVIDIA driver", "CUDA in torch", "triton", "ray", "transformers",
 ]  # fmt: skip
 
 
