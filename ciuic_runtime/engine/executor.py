@@ -156,7 +156,7 @@ class LocalExecutor:
         if self.native:
             loaded: Mapping[str, Any] = load_native(checkpoint, new, self.graph.format, backend, self.threads)
         else:
-            loaded = {page: load_tensors(checkpoint, page, self.dtype, backend) for page in new}
+            loaded = {page: load_tensors(checkpoint, page, self.graph.format, self.dtype, backend) for page in new}
         self._pages.update({(page, device): weights for page, weights in loaded.items()})
         return {page: self._pages[page, device] for page in pages}
 

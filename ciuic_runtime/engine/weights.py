@@ -12,9 +12,9 @@ from ciuic_runtime.devices.backend import Backend, host_buffer
 from ciuic_runtime.models.checkpoint import Checkpoint
 from ciuic_runtime.models.forward import Weights
 from ciuic_runtime.models.graph import FLOAT32_ROLES
-from ciuic_runtime.models.layout import page_layout
+from ciuic_runtime.models.layout import PACKED_FORMATS, page_layout
 from ciuic_runtime.models.native_pages import NativePage, can_map, mapped_page, page_of_block
-from ciuic_runtime.models.pages import fill_page
+from ciuic_runtime.models.pages import fill_page, unpack_tensor
 from ciuic_runtime.models.tensors import tensors_by_page
 
 
@@ -55,13 +55,17 @@ def load_native(
     return mapped | {page: page_of_block(layouts[page], slots[page]) for page in rest}
 
 
-def load_tensors(checkpoint: Checkpoint, page: str, dtype: torch.dtype, backend: Backend) -> Weights:
-    """A page's tensors for the torch operators: mapped from the file where the device is the host and the type fits,
-    else copied into one block of the device's memory."""
-    loaded = {
-        t.role: checkpoint.load(t, torch.float32 if t.role in FLOAT32_ROLES else dtype)
-        for t in tensors_by_page(checkpoint.spec)[page]
-    }
+def load_tensors(checkpoint: Checkpoint, page: str, format: str, dtype: torch.dtype, backend: Backend) -> Weights:
+    """A page's tensors for the torch operators, in `dtype`: mapped from the file where the device is the host and the
+    type fits, else in one block of the device's memory. Packed formats give the values that the packed page has."""
+    spec = checkpoint.spec
+    wanted = {t: torch.float32 if t.role in FLOAT32_ROLES else dtype for t in tensors_by_page(spec)[page]}
+    if format in PACKED_FORMATS:
+        packed = host_buffer(page_layout(spec, page, format).nbytes)
+        fill_page(checkpoint, page, format, packed)
+        loaded = {t.role: unpack_tensor(spec, t, format, packed).to(kind) for t, kind in wanted.items()}
+    else:
+        loaded = {t.role: checkpoint.load(t, kind) for t, kind in wanted.items()}
     return loaded if backend.host_memory else _to_device(loaded, backend)
 
 
