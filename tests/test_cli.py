@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from ciuic_runtime.cli import main
+from ciuic_runtime.ops.native import instruction_set
 
 
 @dataclass
@@ -106,6 +107,8 @@ def test_run_json_has_what_the_contract_promises(ciuic, here_toml: Path, tiny_v3
     assert report["first_token_s"] > 0
     assert report["decode_tokens_per_s"] > 0
     assert report["peak_memory_bytes"]["cpu"] > 1 << 20
+    assert report["threads"] >= 1
+    assert report["kernels"] == instruction_set()
     assert report["schedule"].keys() >= PLAN_FIELDS
     forecast = report["actual_against_forecast"]["decode_tokens_per_s"]
     assert forecast["forecast"] == report["schedule"]["predicted"]["decode_tokens_per_s"]
@@ -160,7 +163,10 @@ def test_devices_and_doctor(ciuic, here_toml: Path) -> None:
     assert "cpu" in ciuic("devices", "--devices", here_toml).out
     checks = ciuic("doctor", "--json").json["checks"]
     assert {c["name"] for c in checks} >= {"python", "torch", "native kernels", "ray", "triton"}
-    assert ciuic("doctor").code == 0
+    text, forced = ciuic("doctor").out, ciuic("doctor", "--kernels", "reference", "--json").json
+    assert "operators: " in text
+    assert {row["chosen"] for row in forced["operators"]} == {"reference"}
+    assert {"linear", "softmax", "attention_mla"} <= {row["name"] for row in forced["operators"]}
 
 
 def test_help_lists_every_command(ciuic) -> None:
@@ -220,6 +226,7 @@ BAD: list[tuple[Sequence[object], str]] = [
     (("run", "no-such-folder", "--prompt", "x"), "no-such-folder"),
     (("run", "deepseek-v3", "--prompt", "x"), "deepseek-v3"),
     (("devices", "--measure", "sometimes"), "never"),
+    (("doctor", "--kernels", "sse"), "reference"),
     (("frobnicate",), "frobnicate"),
     (("plan", "deepseek-v3", "--frobnicate"), "frobnicate"),
 ]
@@ -251,6 +258,8 @@ RUN_BAD: list[tuple[Sequence[object], str]] = [
     (("--prompt", "x", "--dtype", "float8"), "float8"),
     (("--prompt", "x", "--threads", "0"), "threads"),
     (("--prompt", "x", "--executor", "ray"), "ray"),
+    (("--prompt", "x", "--kernels", "sse"), "reference"),
+    (("--prompt", "x", "--kernels", "sse", "--dtype", "float32"), "reference"),
     (("--prompt", "x", "--stages", "2"), "stages"),
     (("--prompt", "x", "--memory", "cpu=100KB"), "cpu"),
     (("--prompt", "x", "--memory", "cpu=900TiB"), "cpu"),

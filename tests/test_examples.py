@@ -41,6 +41,13 @@ def test_own_policy() -> None:
     assert "attention on the fastest" in run("own_policy.py")
 
 
+def test_own_operator() -> None:
+    out = run("own_operator.py")
+    assert "8 tokens" in out
+    assert "operator 'FastSoftmax' replaces softmax" in out
+    assert "FastSoftmax ran 70 times" in out  # 7 layers, 2 passes to warm up and 8 for the tokens
+
+
 def test_generate_and_random_deepseek(tmp_path: Path) -> None:
     assert "wrote" in run("random_deepseek.py", tmp_path / "model")
     out = run("generate.py", tmp_path / "model")

@@ -3,6 +3,7 @@ Knows nothing of what they compute."""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Sequence
@@ -55,6 +56,9 @@ def thread_pool(threads: int, cpus: tuple[int, ...]) -> Any:
     module = kernels()
     assert module is not None, "a pool is asked for where there are kernels"
     return module.ThreadPool(threads, list(cpus))
+
+
+atexit.register(thread_pool.cache_clear)  # while the compiled module is still whole
 
 
 def operators(chosen: str, threads: int, cpus: Sequence[int] = ()) -> Any:

@@ -113,6 +113,7 @@ class RegistryReport:
             notes = "; ".join(filter(None, (", ".join(others), r.why.removeprefix(self.why).removeprefix("; "))))
             took = f"{r.estimate_s * 1e3:.3f}" if r.estimate_s else ""
             lines.append(f"{r.name:<{names}}  {r.chosen:<{chosen}}  {took:>7}  {notes}".rstrip())
+        lines.append("models in float32 are computed by the reference")
         lines += [f"{name} cannot be used: {why_not}" for name, why_not in probes().items() if why_not]
         return "\n".join(lines)
 
