@@ -3,6 +3,7 @@ Reads every quantisation that the `gguf` package can dequantise; what the fields
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -15,7 +16,7 @@ from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models.gguf_config import gguf_config
 from ciuic_runtime.models.gguf_file import GgufFile, GgufTensor, open_gguf
 from ciuic_runtime.models.gguf_names import Source, find_source
-from ciuic_runtime.models.mapping import advise
+from ciuic_runtime.models.mapping import forget, read_ahead
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.models.tensors import TensorSpec, tensors
 
@@ -65,22 +66,25 @@ class GgufCheckpoint:
         return len(source.parts) == 1 and not source.permuted_heads and _PLAIN.get(self._stored(name).type) == dtype
 
     def prefetch(self, tensor: TensorSpec) -> None:
-        self._advise(tensor, "MADV_WILLNEED")
+        for file, begin, end in self._ranges(tensor):
+            read_ahead(file.path, begin, end)
 
     def release(self, tensor: TensorSpec) -> None:
-        self._advise(tensor, "MADV_DONTNEED")
+        for file, begin, end in self._ranges(tensor):
+            forget(file.data, begin, end)
 
     def close(self) -> None:
         """Forgets the file; it stays mapped for as long as tensors loaded from it live."""
         self._files.clear()
 
-    def _advise(self, tensor: TensorSpec, advice: str) -> None:
+    def _ranges(self, tensor: TensorSpec) -> Iterator[tuple[GgufFile, int, int]]:
+        """Where the tensor's bytes lie: file, begin and end."""
         source = self._source(tensor)
         for name, _ in source.parts:
             stored = self._stored(name)
             each = stored.nbytes if source.expert is None else stored.nbytes // stored.shape[0]
             begin = stored.offset + (source.expert or 0) * each
-            advise(self._files[name].data, advice, begin, begin + each)
+            yield self._files[name], begin, begin + each
 
     def _stored(self, name: str) -> GgufTensor:
         return self._files[name].tensors[name]

@@ -16,7 +16,7 @@ from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models import fp8
 from ciuic_runtime.models.config import read_config
 from ciuic_runtime.models.config_fields import read_json_object
-from ciuic_runtime.models.mapping import advise
+from ciuic_runtime.models.mapping import forget, read_ahead
 from ciuic_runtime.models.safetensors_header import MAX_HEADER_BYTES, StoredTensor, read_header
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.models.tensors import TensorSpec, tensors
@@ -86,7 +86,7 @@ class SafetensorsCheckpoint:
 
     def prefetch(self, tensor: TensorSpec) -> None:
         entry = self._entry(tensor.name)
-        self._file(entry).read_ahead(entry.begin, entry.end)
+        read_ahead(entry.file, entry.begin, entry.end)
 
     def release(self, tensor: TensorSpec) -> None:
         entry = self._entry(tensor.name)
@@ -154,12 +154,8 @@ class _MappedFile:
     def passing(self, entry: StoredTensor) -> _Passing:
         return _Passing(self, entry)
 
-    def read_ahead(self, begin: int, end: int) -> None:
-        advise(self._map, "MADV_WILLNEED", begin, end)
-
     def forget(self, begin: int, end: int) -> None:
-        """Takes the pages of a range out of this process; whoever looks at them again faults them in again."""
-        advise(self._map, "MADV_DONTNEED", begin, end)
+        forget(self._map, begin, end)
 
 
 class _Passing:
