@@ -67,9 +67,9 @@ struct ThreadPool::State {
             uint64_t seen = ticket.load(std::memory_order_acquire);
             const int64_t chunk = static_cast<int64_t>(seen & 0xffffffffu);
             if (seen >> 32 != job) return;
-            const Body call = body.load(std::memory_order_relaxed);
-            void* const with = context.load(std::memory_order_relaxed);
-            if (chunk >= chunks.load(std::memory_order_relaxed)) return;
+            const Body call = body.load(std::memory_order_acquire);
+            void* const with = context.load(std::memory_order_acquire);
+            if (chunk >= chunks.load(std::memory_order_acquire)) return;
             if (!ticket.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel)) continue;
             call(with, chunk, thread);
             done.fetch_add(1, std::memory_order_release);
@@ -119,18 +119,19 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::run(int64_t chunks, Body body, void* context) {
+    State& s = *state_;
+    std::lock_guard<std::mutex> one(s.one_caller);  // every caller is thread 0, whose scratch memory is one caller's
     if (threads_ == 1 || chunks <= 1) {
         for (int64_t c = 0; c < chunks; ++c) body(context, c, 0);
         return;
     }
-    State& s = *state_;
-    std::lock_guard<std::mutex> one(s.one_caller);
-    // A late thread may still look at these fields; it then holds an older job's number and cannot claim anything.
+    // A late thread may still look at these fields; it then holds an older job's number and cannot claim anything: who
+    // reads a new field has also seen the ticket that was stored before it.
     const uint64_t last = s.ticket.load(std::memory_order_relaxed) >> 32, job = (last + 1) & 0xffffffffu;
     s.ticket.store((last << 32) | 0xffffffffu, std::memory_order_seq_cst);  // nothing to claim while they change
-    s.chunks.store(chunks, std::memory_order_relaxed);
-    s.body.store(body, std::memory_order_relaxed);
-    s.context.store(context, std::memory_order_relaxed);
+    s.chunks.store(chunks, std::memory_order_release);
+    s.body.store(body, std::memory_order_release);
+    s.context.store(context, std::memory_order_release);
     s.done.store(0, std::memory_order_relaxed);
     s.ticket.store(job << 32, std::memory_order_seq_cst);
     if (s.sleeping.load(std::memory_order_seq_cst) > 0) {
