@@ -129,6 +129,7 @@ inline void fill_row(const Rows& r, int64_t row, int64_t begin, int64_t count, c
 
 // All rows of x [rows, columns] (with `ld` floats from row to row).
 inline void fill_rows(Context c, const Rows& r, const float* x, int64_t rows, int64_t ld) {
+    if (rows == 0) return;
     const int64_t per = rows * r.columns < 16384 ? rows : (16384 + r.columns - 1) / r.columns;
     parallel(c, (rows + per - 1) / per, [&](int64_t chunk, int) {
         for (int64_t i = chunk * per; i < rows && i < (chunk + 1) * per; ++i)
