@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY_V3
+from configs import TINY_V3
 
 from ciuic_runtime import packing
 from ciuic_runtime.cli import main

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_V3
+from configs import TINY_V3
 from safetensors import safe_open
 
 from ciuic_runtime.devices.backend import host_buffer

@@ -10,7 +10,7 @@ import gguf
 import gguf_writer as writer
 import pytest
 import torch
-from conftest import TINY_V3
+from configs import TINY_V3
 
 from ciuic_runtime.devices.backend import host_buffer
 from ciuic_runtime.devices.errors import InvalidInput
