@@ -14,6 +14,9 @@ inline int64_t best_of(const float* score, const uint8_t* taken, int64_t n) {
 inline void route_row(const RouteParams& p, const float* bias, float* scores, float* wanted, uint8_t* taken,
                       int64_t* ids, float* weights) {
     const int64_t n = p.experts;
+    // What is not finite is not outvoted: it makes all of the row's weights so. Ids stay expert numbers all the same.
+    bool bad = false;
+    for (int64_t e = 0; e < n; ++e) bad |= scores[e] - scores[e] != 0.0f;
     if (p.sigmoid) {
         for (int64_t e = 0; e < n; ++e) scores[e] = sigmoid_of(scores[e]);
     } else {
@@ -23,6 +26,7 @@ inline void route_row(const RouteParams& p, const float* bias, float* scores, fl
         for (int64_t e = 0; e < n; ++e) scores[e] /= sum;
     }
     for (int64_t e = 0; e < n; ++e) wanted[e] = bias ? scores[e] + bias[e] : scores[e];
+    for (int64_t e = 0; e < n; ++e) bad |= wanted[e] != wanted[e];
     std::memset(taken, 0, n);
     if (p.limited) {
         // Step 1: the best groups; everybody else is out.
@@ -45,12 +49,12 @@ inline void route_row(const RouteParams& p, const float* bias, float* scores, fl
         }
     }
     // Step 2: the best experts, and their weights from the scores without the bias.
-    float sum = 0;
+    float sum = bad ? __builtin_nanf("") : 0.0f;
     for (int64_t k = 0; k < p.per_token; ++k) {
         const int64_t e = best_of(wanted, taken, n);
         taken[e] = 1;
         ids[k] = e;
-        weights[k] = scores[e];
+        weights[k] = bad ? sum : scores[e];
         sum += scores[e];
     }
     for (int64_t k = 0; k < p.per_token; ++k) weights[k] = (p.normalise ? weights[k] / (sum + 1e-20f) : weights[k]) * p.scaling;
