@@ -30,6 +30,16 @@ native_only = pytest.mark.skipif(kernels() is None, reason="the native kernels a
 ALL = (*INSTRUCTION_SETS, REFERENCE)
 
 
+@pytest.fixture(autouse=True)
+def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever kernels the tests are run with."""
+    monkeypatch.delenv("CIUIC_KERNELS", raising=False)
+    native.kernels.cache_clear()
+    yield
+    monkeypatch.undo()
+    native.kernels.cache_clear()
+
+
 @pytest.fixture
 def fixed_times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Seconds by candidate, instead of measuring."""
@@ -39,12 +49,9 @@ def fixed_times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 
 @pytest.fixture
-def not_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in an installation without a compiler."""
     monkeypatch.setitem(sys.modules, "ciuic_runtime.ops._kernels", None)
-    native.kernels.cache_clear()
-    yield
-    monkeypatch.undo()
     native.kernels.cache_clear()
 
 
