@@ -99,10 +99,11 @@ struct Running {
     float largest, sum;
 };
 
-// kRows queries meet one block of which the first valid[r] keys count for row r (at least one).
+// kRows queries meet one block of which the first valid[r] keys count for row r (at least one) and the first `depth`
+// values are read: those that do not count are multiplied by zero.
 template <int kRows>
-inline void attend_block(const float* q, int64_t ldq, const KeyValues& kv, const int64_t* valid, float scale, bool begin,
-                         Running* state, float* out) {
+inline void attend_block(const float* q, int64_t ldq, const KeyValues& kv, const int64_t* valid, int64_t depth,
+                         float scale, bool begin, Running* state, float* out) {
     float p[kRows][kBlock];
     small_products<kRows>(q, ldq, kv.keys, kBlock, kv.key_width, p[0], kBlock, kBlock, false);
     const F lanes = load(kLaneNumbers);
@@ -137,7 +138,14 @@ inline void attend_block(const float* q, int64_t ldq, const KeyValues& kv, const
         }
         state[r].largest = largest;
     }
-    small_products<kRows>(p[0], kBlock, kv.values, kv.values_ld, kBlock, out, kv.value_ld, kv.value_ld, true);
+    small_products<kRows>(p[0], kBlock, kv.values, kv.values_ld, depth, out, kv.value_ld, kv.value_ld, true);
+}
+
+inline bool all_finite(const float* values, int64_t ld, int64_t rows, int64_t width) {
+    F sum = zero();  // of zeros, or of what is not a number
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < width; i += 16) sum = fma(load(values + r * ld + i), zero(), sum);
+    return hsum(sum) == 0.0f;
 }
 
 // Queries [rows][key_width] with `ldq` floats from row to row, row r at position position_of(r), positions not falling;
@@ -151,19 +159,22 @@ inline void attend(const float* q, int64_t ldq, int64_t rows, const KeyValues& k
     for (int64_t block = 0; block * kBlock < context; ++block) {
         while (position_of(from) < block * kBlock) ++from;
         const int64_t left = context - block * kBlock;
-        fill(block, left < kBlock ? left : kBlock);
+        const int64_t positions = left < kBlock ? left : kBlock;
+        fill(block, positions);
         const auto valid_of = [&](int64_t r) {
             const int64_t n = position_of(r) + 1 - block * kBlock;
             return n < kBlock ? n : kBlock;
         };
+        // Zero times a later token's value that is not finite would spread to this row: such values are not read then.
+        const bool apart = valid_of(from) < positions && !all_finite(kv.values, kv.values_ld, positions, kv.value_ld);
         int64_t r = from;
-        for (; r + 4 <= rows; r += 4) {
+        for (; r + 4 <= rows && !apart; r += 4) {
             const int64_t valid[4] = {valid_of(r), valid_of(r + 1), valid_of(r + 2), valid_of(r + 3)};
-            attend_block<4>(q + r * ldq, ldq, kv, valid, scale, block == 0, state + r, out + r * kv.value_ld);
+            attend_block<4>(q + r * ldq, ldq, kv, valid, kBlock, scale, block == 0, state + r, out + r * kv.value_ld);
         }
         for (; r < rows; ++r) {
-            const int64_t valid[1] = {valid_of(r)};
-            attend_block<1>(q + r * ldq, ldq, kv, valid, scale, block == 0, state + r, out + r * kv.value_ld);
+            const int64_t valid[1] = {valid_of(r)}, depth = apart ? valid[0] : kBlock;
+            attend_block<1>(q + r * ldq, ldq, kv, valid, depth, scale, block == 0, state + r, out + r * kv.value_ld);
         }
     }
     for (int64_t r = 0; r < rows; ++r) {
