@@ -108,7 +108,8 @@ def as_read(layout: str, x: torch.Tensor) -> torch.Tensor:
     groups = torch.nn.functional.pad(x.float(), (0, -columns % GROUP)).unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
     bad = ~groups.isfinite().all(-1, keepdim=True)
-    q = (groups * (127.0 / largest)).round()
+    # A quotient rounded once: torch takes `127.0 / x` for 127 times the rounded reciprocal.
+    q = (groups * torch.full_like(largest, 127.0).div(largest)).round()
     values = torch.where(largest < 1e-30, 0.0, q.double() * (largest / 127.0).double())
     values = torch.where(bad, float("nan"), values)
     return values.flatten(-2)[..., :columns]
