@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ciuic_runtime.models.layout import PACKED_FORMATS, page_layout
+from ciuic_runtime.models.layout import KERNEL_FORMATS, page_layout
 from ciuic_runtime.models.spec import DTYPE_BYTES, ModelSpec
 from ciuic_runtime.models.tensors import TensorSpec, count_parameters, tensors_by_page
 from ciuic_runtime.schedulers.graph import Page, Task, TaskGraph, TaskKind, Work
@@ -31,7 +31,7 @@ class Calls:
 
 # Counted in ops/ and models/forward.py.
 TORCH_CALLS = Calls(5, 5, 10, 10, 8, 6, 22, 14, 1, 2, True)
-# The kernels of packed pages are called once or twice per task, whatever it holds.
+# Native kernels are called once or twice per task, whatever it holds.
 KERNEL_CALLS = Calls(1, 1, 1, 0, 0, 2, 2, 0, 0, 1, False)
 PREFILL_CHUNK = 512  # tokens that one pass takes at most, unless the user says otherwise
 SCORE_ROWS = 256  # ops.attention.QUERY_ROWS
@@ -47,8 +47,8 @@ def build_graph(spec: ModelSpec, format: str = "bfloat16") -> TaskGraph:
 
 
 def activation_dtype(format: str) -> str:
-    """What the values between tasks are in; the kernels of packed formats take and give float32."""
-    return "float32" if format in PACKED_FORMATS else format
+    """What the values between tasks are in; the native kernels take and give float32."""
+    return "float32" if format in KERNEL_FORMATS else format
 
 
 def cache_dtype(format: str) -> str:
@@ -61,7 +61,7 @@ def tensor_nbytes(tensor: TensorSpec, dtype: str) -> int:
 
 
 def page_nbytes(spec: ModelSpec, page: str, format: str) -> int:
-    if format in PACKED_FORMATS:
+    if format in KERNEL_FORMATS:
         return page_layout(spec, page, format).nbytes
     return sum(tensor_nbytes(t, format) for t in tensors_by_page(spec)[page])
 
@@ -70,7 +70,7 @@ class _Builder:
     def __init__(self, spec: ModelSpec, format: str) -> None:
         self.spec, self.format, self.size = spec, format, DTYPE_BYTES[activation_dtype(format)]
         self.cache_size = DTYPE_BYTES[cache_dtype(format)]
-        self.calls = KERNEL_CALLS if format in PACKED_FORMATS else TORCH_CALLS
+        self.calls = KERNEL_CALLS if format in KERNEL_FORMATS else TORCH_CALLS
         self.pages = {name: Page(name, page_nbytes(spec, name, format)) for name in tensors_by_page(spec)}
         self.parameters = {
             name: sum(t.num_parameters for t in members if t.is_matrix)
@@ -224,7 +224,7 @@ class _Builder:
 
     def _read(self, page: str, without: str) -> float:
         """Bytes of a page that a task reads: where it is packed, not the part that only another task or phase uses."""
-        if self.format not in PACKED_FORMATS:
+        if self.format not in KERNEL_FORMATS:
             return self.pages[page].nbytes
         layout = page_layout(self.spec, page, self.format)
         return layout.nbytes - sum(part.nbytes for part in layout.parts if part.role == without)
@@ -254,6 +254,24 @@ class _Builder:
         return name
 
     def _working_bytes(self) -> dict[str, float]:
+        return self._kernel_bytes() if self.format in KERNEL_FORMATS else self._torch_bytes()
+
+    def _kernel_bytes(self) -> dict[str, float]:
+        """What tasks hand on, and the kernels' temporaries: inputs made ready for products, queries, results. Keys and
+        values are expanded block by block, so per position there is only the latent made ready."""
+        spec, mla, moe = self.spec, self.spec.mla, self.spec.moe
+        k = moe.experts_per_token if moe else 0
+        gathered = k * (spec.hidden_size + moe.intermediate_size) if moe else 0
+        query = spec.num_heads * (mla.qk_dim + mla.value_dim if mla else 3 * spec.head_dim)
+        temporary = max(2 * max(spec.intermediate_size + spec.hidden_size, gathered), 8 * query + 2 * spec.hidden_size)
+        return {
+            "working_bytes_per_token": float(self.row * (6 + k) + temporary),
+            "working_bytes_per_position": 2.0 * mla.kv_rank if mla else 0.0,
+            "working_bytes_per_pair": 0.0,
+            "working_bytes_per_sequence": 4.0 * spec.vocab_size,
+        }
+
+    def _torch_bytes(self) -> dict[str, float]:
         """Temporaries of the torch path: the widest MLP, attention, float32 logits.
 
         MLA's prefill expands the latents of a whole context to keys and values, of which torch's attention makes

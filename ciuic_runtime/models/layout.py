@@ -25,6 +25,7 @@ from ciuic_runtime.models.tensors import TensorSpec, tensors_by_page
 
 LAYOUT_VERSION = 1
 PACKED_FORMATS = ("int4", "int8")
+KERNEL_FORMATS = (*PACKED_FORMATS, "bfloat16")  # what native kernels compute; float32 is torch's
 GROUP, TILE_ROWS = 128, 16
 PART_ALIGN, PAGE_ALIGN = 64, 4096  # bytes
 _BITS = {"w4g128-t16": 4, "w8g128-t16": 8}
