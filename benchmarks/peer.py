@@ -9,6 +9,12 @@ Building it (outside this checkout; its source is vendored in a package of the r
         -DLLAMA_OPENSSL=OFF -DBUILD_SHARED_LIBS=OFF .
     ninja -C build llama-bench llama-batched-bench
 
+Where the processor has AMX, that build aborts with this model: stacks of matrices are put into AMX buffers and are then
+not multiplied from there, and gcc 12 leaves out the stores of the tile configuration. Two lines mend it: in
+ggml/src/ggml-cpu/amx/amx.cpp, `supports_op` must return false unless `ggml_n_dims(op->src[0]) == 2`; in mmq.cpp beside
+it, `__asm__ volatile("" : : "r"(&tc) : "memory");` goes before `_tile_loadconfig(&tc)`. Or build without AMX
+(-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8). Try both and measure against the faster.
+
 Then give the benchmarks `--peer build/bin` and `--gguf FILE` (written by `make_model.py gguf`). Alone:
 
     python benchmarks/peer.py --peer build/bin --gguf FILE      decode, context 1024, batch 16, prefill, memory"""
