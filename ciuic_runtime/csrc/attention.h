@@ -2,6 +2,8 @@
 // the forms (grouped-query, MLA absorbed, MLA expanded) differ in where a block's keys and values come from.
 
 constexpr int64_t kBlock = kBlockTokens;
+constexpr int64_t kAllBlocks = INT64_MAX;
+constexpr int64_t kSpanBlocks = 4;  // of a long context that one thread takes on; a fixed length, so that bits are too
 
 // A block of keys turned round [key_width][64] and of values [64][values_ld], as float32. Results are `value_ld` wide,
 // which is the values' width rounded up to 16.
@@ -148,15 +150,15 @@ inline bool all_finite(const float* values, int64_t ld, int64_t rows, int64_t wi
     return hsum(sum) == 0.0f;
 }
 
-// Queries [rows][key_width] with `ldq` floats from row to row, row r at position position_of(r), positions not falling;
-// fill(block, positions) puts a block's first keys and values into `kv`. out [rows][value_ld] and state [rows] are
-// scratch and result.
+// Queries [rows][key_width] with `ldq` floats from row to row, row r at position position_of(r), positions not falling,
+// meet the blocks [first, last) of their context; fill(block, positions) puts a block's first keys and values into `kv`.
+// out [rows][value_ld] and state [rows] are what softmax and values have run up to.
 template <class PositionOf, class Fill>
-inline void attend(const float* q, int64_t ldq, int64_t rows, const KeyValues& kv, float scale, PositionOf position_of,
-                   Fill fill, Running* state, float* out) {
+inline void attend(const float* q, int64_t ldq, int64_t rows, const KeyValues& kv, float scale, int64_t first, int64_t last,
+                   PositionOf position_of, Fill fill, Running* state, float* out) {
     const int64_t context = position_of(rows - 1) + 1;
     int64_t from = 0;  // rows before it have seen all that they may
-    for (int64_t block = 0; block * kBlock < context; ++block) {
+    for (int64_t block = first; block < last && block * kBlock < context; ++block) {
         while (position_of(from) < block * kBlock) ++from;
         const int64_t left = context - block * kBlock;
         const int64_t positions = left < kBlock ? left : kBlock;
@@ -170,18 +172,30 @@ inline void attend(const float* q, int64_t ldq, int64_t rows, const KeyValues& k
         int64_t r = from;
         for (; r + 4 <= rows && !apart; r += 4) {
             const int64_t valid[4] = {valid_of(r), valid_of(r + 1), valid_of(r + 2), valid_of(r + 3)};
-            attend_block<4>(q + r * ldq, ldq, kv, valid, kBlock, scale, block == 0, state + r, out + r * kv.value_ld);
+            attend_block<4>(q + r * ldq, ldq, kv, valid, kBlock, scale, block == first, state + r, out + r * kv.value_ld);
         }
         for (; r < rows; ++r) {
             const int64_t valid[1] = {valid_of(r)}, depth = apart ? valid[0] : kBlock;
-            attend_block<1>(q + r * ldq, ldq, kv, valid, depth, scale, block == 0, state + r, out + r * kv.value_ld);
+            attend_block<1>(q + r * ldq, ldq, kv, valid, depth, scale, block == first, state + r, out + r * kv.value_ld);
         }
     }
-    for (int64_t r = 0; r < rows; ++r) {
-        const F inverse = set1(1.0f / state[r].sum);
-        for (int64_t i = 0; i < kv.value_ld; i += 16)
-            store(out + r * kv.value_ld + i, load(out + r * kv.value_ld + i) * inverse);
-    }
+}
+
+inline void divide_by_sum(const Running& state, float* out, int64_t width) {
+    const F inverse = set1(1.0f / state.sum);
+    for (int64_t i = 0; i < width; i += 16) store(out + i, load(out + i) * inverse);
+}
+
+// Adds what a later part of the context came to.
+inline void merge(Running* state, float* out, const Running& next, const float* next_out, int64_t width) {
+    const float largest = state->largest > next.largest ? state->largest : next.largest;
+    float old_share, next_share;
+    store_n(&old_share, exp(set1(state->largest - largest)), 1);
+    store_n(&next_share, exp(set1(next.largest - largest)), 1);
+    for (int64_t i = 0; i < width; i += 16)
+        store(out + i, fma(load(next_out + i), set1(next_share), load(out + i) * set1(old_share)));
+    state->sum = state->sum * old_share + next.sum * next_share;
+    state->largest = largest;
 }
 
 // A head's queries of some rows of a sequence.

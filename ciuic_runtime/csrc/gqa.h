@@ -40,7 +40,7 @@ inline void gqa(Context c, const GqaWeights& w, const Rope& rope, const Batch& b
             std::memcpy(queries + r * share * dim, q + ((s.start + u.row + r) * heads + u.head * share) * dim,
                         share * dim * sizeof(float));
         std::memset(kv.values, 0, kBlock * value_ld * sizeof(float));
-        attend(queries, dim, rows, kv, w.scale, [&](int64_t r) { return s.position + u.row + r / share; },
+        attend(queries, dim, rows, kv, w.scale, 0, kAllBlocks, [&](int64_t r) { return s.position + u.row + r / share; },
                [&](int64_t block, int64_t positions) {
                    const uint16_t* from = cache + s.blocks[block] * kBlock * entry + u.head * dim;
                    for (int64_t p = 0; p < positions; ++p) {
@@ -50,6 +50,7 @@ inline void gqa(Context c, const GqaWeights& w, const Rope& rope, const Batch& b
                    turn_keys(wide, value_ld, positions, dim, kv.keys);
                },
                state, result);
+        for (int64_t r = 0; r < rows; ++r) divide_by_sum(state[r], result + r * value_ld, value_ld);
         for (int64_t r = 0; r < u.rows; ++r)
             for (int64_t h = 0; h < share; ++h)
                 std::memcpy(mixed + ((s.start + u.row + r) * heads + u.head * share + h) * dim,

@@ -75,7 +75,7 @@ inline void mla_expanded(Context c, const MlaWeights& w, const Batch& batch, con
         std::memset(kv.values, 0, kBlock * value_ld * sizeof(float));
         const Matrix k_b = w.k_b.at(u.head), v_b = w.v_b.at(u.head);
         const float* mine = q + ((s.start + u.row) * w.heads + u.head) * qk;
-        attend(mine, w.heads * qk, rows, kv, w.scale, [&](int64_t r) { return s.position + u.row + r; },
+        attend(mine, w.heads * qk, rows, kv, w.scale, 0, kAllBlocks, [&](int64_t r) { return s.position + u.row + r; },
                [&](int64_t block, int64_t positions) {
                    const Rows latent = block_of(latents[u.sequence], block * kBlock);
                    product(c, thread, k_b, latent, positions, 0, w.nope, nope, nope_ld);
@@ -85,6 +85,7 @@ inline void mla_expanded(Context c, const MlaWeights& w, const Batch& batch, con
                    turn_keys(roped, w.rope, positions, w.rope, kv.keys + w.nope * kBlock);
                },
                state, result);
+        for (int64_t r = 0; r < rows; ++r) divide_by_sum(state[r], result + r * value_ld, value_ld);
         for (int64_t r = 0; r < rows; ++r)
             std::memcpy(mixed + ((s.start + u.row + r) * w.heads + u.head) * w.value, result + r * value_ld,
                         w.value * sizeof(float));
@@ -122,44 +123,57 @@ inline void mla_absorbed(Context c, const MlaWeights& w, const Batch& batch, con
             }
         }
     });
-    // Step 3: attention of some heads of a sequence over its latents.
-    float* latent = c.arena->take<float>(batch.rows * w.heads * w.kv_rank);
-    int64_t sequences = 0;
-    for (int64_t i = 0; i < batch.num_sequences; ++i) sequences += !batch.sequences[i].prompt;
-    const int64_t wanted = 2 * c.pool->threads() / (sequences < 1 ? 1 : sequences);
-    int64_t group = (w.heads + (wanted < 1 ? 1 : wanted) - 1) / (wanted < 1 ? 1 : wanted);
-    group = group < 4 ? 4 : group;
-    const int64_t parts = (w.heads + group - 1) / group;
-    parallel(c, batch.num_sequences * parts, [&](int64_t i, int thread) {
-        const Sequence& s = batch.sequences[i / parts];
-        if (s.prompt) return;
-        const int64_t head = i % parts * group, heads = w.heads - head < group ? w.heads - head : group;
-        const int64_t wide_ld = round_up(width, 16);
-        const int64_t floats = heads * (rank_ld + 2) + kBlock * (width + wide_ld);
-        float* result = static_cast<float*>(c.pool->scratch(thread, floats * sizeof(float)));
-        // Values are the first columns of the widened entries.
-        KeyValues kv{result + heads * rank_ld, nullptr, width, rank_ld, wide_ld};
-        kv.values = kv.keys + kBlock * width;
-        Running* state = reinterpret_cast<Running*>(kv.values + kBlock * wide_ld);
-        for (int64_t t = 0; t < s.length; ++t) {  // a token's heads share its position
-            const int64_t row = s.start + t;
-            attend(absorbed + (row * w.heads + head) * width, width, heads, kv, w.scale,
-                   [&](int64_t) { return s.position + t; },
-                   [&](int64_t block, int64_t positions) {
-                       latents_of(cache, width, s, block, positions, width, 0, kv.values, wide_ld);
-                       std::memset(kv.values + positions * wide_ld, 0, (kBlock - positions) * wide_ld * sizeof(float));
-                       turn_keys(kv.values, wide_ld, positions, width, kv.keys);
-                   },
-                   state, result);
-            for (int64_t h = 0; h < heads; ++h)
-                std::memcpy(latent + (row * w.heads + head + h) * w.kv_rank, result + h * rank_ld,
-                            w.kv_rank * sizeof(float));
+    // Step 3: attention of some heads of a token over spans of its latents, each span for itself; then spans are merged in
+    // order.
+    int64_t longest = 0;
+    int64_t* position_of = c.arena->take<int64_t>(count);
+    const Sequence** sequence_of = c.arena->take<const Sequence*>(count);
+    for (int64_t i = 0, at = 0; i < batch.num_sequences; ++i) {
+        const Sequence& s = batch.sequences[i];
+        for (int64_t t = 0; !s.prompt && t < s.length; ++t, ++at) {
+            position_of[at] = s.position + t, sequence_of[at] = &s;
+            longest = position_of[at] + 1 > longest ? position_of[at] + 1 : longest;
         }
+    }
+    const int64_t spans = (longest + kSpanBlocks * kBlock - 1) / (kSpanBlocks * kBlock);
+    // All heads read a block that was turned round once; fewer heads at a time only where threads would go idle.
+    int64_t group = w.heads < 16 ? w.heads : 16;
+    while (group > 4 && count * spans * ((w.heads + group - 1) / group) < c.pool->threads()) group = (group + 1) / 2;
+    const int64_t groups = (w.heads + group - 1) / group;
+    float* latent = c.arena->take<float>(count * spans * w.heads * rank_ld);
+    Running* states = c.arena->take<Running>(count * spans * w.heads);
+    parallel(c, count * spans * groups, [&](int64_t unit, int thread) {
+        const int64_t i = unit / (spans * groups), span = unit / groups % spans, head = unit % groups * group;
+        const int64_t heads = w.heads - head < group ? w.heads - head : group, first = span * kSpanBlocks;
+        if (first * kBlock > position_of[i]) return;
+        const Sequence& s = *sequence_of[i];
+        const int64_t wide_ld = round_up(width, 16), at = (i * spans + span) * w.heads + head;
+        // Values are the first columns of the widened entries.
+        KeyValues kv{static_cast<float*>(c.pool->scratch(thread, kBlock * (width + wide_ld) * sizeof(float))), nullptr, width,
+                     rank_ld, wide_ld};
+        kv.values = kv.keys + kBlock * width;
+        attend(absorbed + (row_of[i] * w.heads + head) * width, width, heads, kv, w.scale, first, first + kSpanBlocks,
+               [&](int64_t) { return position_of[i]; },
+               [&](int64_t block, int64_t positions) {
+                   latents_of(cache, width, s, block, positions, width, 0, kv.values, wide_ld);
+                   std::memset(kv.values + positions * wide_ld, 0, (kBlock - positions) * wide_ld * sizeof(float));
+                   turn_keys(kv.values, wide_ld, positions, width, kv.keys);
+               },
+               states + at, latent + at * rank_ld);
     });
+    const auto latent_of = [&](int64_t i, int64_t h) {
+        const int64_t first = i * spans * w.heads + h;
+        float* whole = latent + first * rank_ld;
+        for (int64_t span = 1; span < spans && span * kSpanBlocks * kBlock <= position_of[i]; ++span) {
+            const int64_t at = first + span * w.heads;
+            merge(states + first, whole, states[at], latent + at * rank_ld, rank_ld);
+        }
+        divide_by_sum(states[first], whole, rank_ld);
+        return whole;
+    };
     // Step 4: each head's values from its latent.
     parallel(c, w.heads, [&](int64_t h, int thread) {
-        for (int64_t i = 0; i < count; ++i)
-            fill_row(outputs[h], i, 0, w.kv_rank, latent + (row_of[i] * w.heads + h) * w.kv_rank);
+        for (int64_t i = 0; i < count; ++i) fill_row(outputs[h], i, 0, w.kv_rank, latent_of(i, h));
         float part[kPartFloats];
         const int64_t step = kPartFloats / w.value / 16 * 16;
         for (int64_t i = 0; i < count; i += step) {
