@@ -85,8 +85,8 @@ def _operators(
         if page == "embedding":
             row = parts[0].nbytes / spec.vocab_size
             yield Operator(page, tokens * row, 0, False)
-            if len(parts) > 1:
-                yield _product("head", parts[1], sampled)
+            if spec.tied_embeddings:
+                yield _product("head", parts[-1], sampled)
         elif page == "head":
             yield _product(page, parts[0], sampled)
         elif page.endswith(".attention"):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ciuic_runtime.models.layout import KERNEL_FORMATS, page_layout
+from ciuic_runtime.models.layout import KERNEL_FORMATS, PACKED_FORMATS, page_layout
 from ciuic_runtime.models.spec import DTYPE_BYTES, ModelSpec
 from ciuic_runtime.models.tensors import TensorSpec, count_parameters, tensors_by_page
 from ciuic_runtime.schedulers.graph import Page, Task, TaskGraph, TaskKind, Work
@@ -153,9 +153,10 @@ class _Builder:
 
     def _head(self, norm: str) -> None:
         page = "embedding" if self.spec.tied_embeddings else "head"
+        table = "weight" if page == "embedding" and self.format in PACKED_FORMATS else ""  # not read by the head
         work = Work(
             flops_per_token=2.0 * self.parameters[page],
-            bytes_fixed=self._read(page, "weight" if page == "embedding" else ""),
+            bytes_fixed=self._read(page, table),
             bytes_per_token=self.row + 4.0 * self.spec.vocab_size,
             launches=self.calls.head,
             products=self.products[page],

@@ -84,8 +84,8 @@ def _parts(spec: ModelSpec, page: str, format: str) -> Iterator[tuple[str, str, 
             yield from _kv_b(spec, format)
         else:
             yield tensor.role, _layout(tensor, format), tensor.shape
-    if page == "embedding" and spec.tied_embeddings:
-        yield "head", _precise(format), (spec.vocab_size, spec.hidden_size)
+    if page == "embedding" and spec.tied_embeddings and format in PACKED_FORMATS:
+        yield "head", _precise(format), (spec.vocab_size, spec.hidden_size)  # in bfloat16 the table itself
 
 
 def _kv_b(spec: ModelSpec, format: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:

@@ -142,7 +142,8 @@ class NativeForward:
         return keeping(page, final_norm)
 
     def _head(self, page: NativePage) -> TaskFunction:
-        matrix, vocab = page.matrix("head" if self.spec.tied_embeddings else "weight"), self.spec.vocab_size
+        # A packed page of tied embeddings has the head beside the table.
+        matrix, vocab = page.matrix("head" if page.address("head") else "weight"), self.spec.vocab_size
         run = self.operators.linear
 
         def head(p: NativePass, x: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ def mapped_page(checkpoint: Checkpoint, page: str, format: str) -> NativePage:
     tensors = {t.role: t for t in tensors_by_page(spec)[page]}
     parts: dict[str, tuple[Part, torch.Tensor]] = {}
     for part in layout.parts:
-        tensor = tensors.get("weight" if part.role == "head" else part.role)
+        tensor = tensors.get(part.role)
         if tensor is not None and part.layout == "bf16-rows":
             parts[part.role] = (part, checkpoint.load(tensor, torch.bfloat16))
         else:

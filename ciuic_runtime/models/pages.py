@@ -84,7 +84,7 @@ def _sources(spec: ModelSpec, page: str, layout: PageLayout) -> Iterator[tuple[T
     roles = {part.role: part for part in layout.parts}
     for tensor in tensors_by_page(spec)[page]:
         made: tuple[str, ...] = _MADE_OF_KV_B if tensor.role == "kv_b_proj" else (tensor.role,)
-        if page == "embedding" and spec.tied_embeddings:
+        if page == "embedding" and "head" in roles:
             made = (tensor.role, "head")
         yield tensor, tuple(roles.pop(role) for role in made)
     assert not roles, f"{page} has parts that no tensor fills: {', '.join(roles)}"
