@@ -9,7 +9,7 @@ from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.model import parse_format
 from ciuic_runtime.models.config import load_spec, read_config
 from ciuic_runtime.models.graph import PREFILL_CHUNK, SCORE_ROWS, activation_dtype, build_graph, cache_dtype
-from ciuic_runtime.models.layout import LAYOUT_VERSION, page_layout
+from ciuic_runtime.models.layout import KERNEL_FORMATS, LAYOUT_VERSION, page_layout
 from ciuic_runtime.models.tensors import tensors
 from ciuic_runtime.schedulers import cost
 from ciuic_runtime.schedulers.cost import CostModel
@@ -21,7 +21,7 @@ TINY = {
 }  # fmt: skip
 
 # One operation and one byte per second: seconds are operations and bytes.
-UNIT = DeviceSpec("sim:0", "SIM", memory_bandwidth=1.0, matrix_rates={"bfloat16": 1.0})
+UNIT = DeviceSpec("sim:0", "SIM", memory_bandwidth=1.0, matrix_rates={"bfloat16": 1.0, "float32": 1.0})
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +31,15 @@ def whole_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "ASSUMED_MEMORY_UTILISATION", 1.0)
 
 
-def work(name: str, task: str, step: Step) -> tuple[float, float]:
+def work(name: str, task: str, step: Step, format: str = "bfloat16") -> tuple[float, float]:
     """(flops, bytes) of a task."""
-    cost = CostModel(Topology((UNIT,))).task(build_graph(load_spec(name)).task(task), UNIT, step)
+    cost = CostModel(Topology((UNIT,)), format).task(build_graph(load_spec(name), format).task(task), UNIT, step)
     return cost.compute_s, cost.memory_s
+
+
+def padded(nbytes: int) -> int:
+    """A page's bytes in a format that kernels compute: whole pages of memory."""
+    return -(-nbytes // 4096) * 4096
 
 
 def test_layers_and_their_tasks() -> None:
@@ -68,9 +73,13 @@ def test_tied_embeddings_are_one_page() -> None:
     assert tied.rows["head"].name == "embedding"
 
 
-def test_selection_bias_stays_in_float32() -> None:
+def test_router_and_vectors_stay_in_float32() -> None:
+    """Small beside what they decide: the router with its selection bias, norms."""
     graph = build_graph(load_spec("deepseek-v3"), "bfloat16")
-    assert graph.rows["layers.3.router"].nbytes == 2 * 256 * 7168 + 4 * 256
+    assert graph.rows["layers.3.router"].nbytes == padded(4 * 256 * 7168 + 4 * 256)
+    assert graph.rows["layers.3.mlp_norm"].nbytes == padded(4 * 7168)
+    roles = {p.role: p.layout for p in page_layout(load_spec("deepseek-v3"), "layers.3.router", "bfloat16").parts}
+    assert roles == {"gate": "f32-rows", "e_score_correction_bias": "f32-rows"}
 
 
 def test_order_errors_name_the_task() -> None:
@@ -95,49 +104,66 @@ def test_equal_graphs_have_equal_hashes() -> None:
     assert one != build_graph(spec, "float32")
 
 
-def test_v2_lite_attention_of_a_prompt_is_expanded() -> None:
+@pytest.mark.parametrize("format", ["float32", "bfloat16"])
+def test_v2_lite_attention_of_a_prompt_is_expanded(format: str) -> None:
     n, start = 100, 28
     context, pairs = n + start, sum(start + i for i in range(1, n + 1))
-    flops, nbytes = work("deepseek-v2-lite", "layers.5.attention", Step.prefill(n, start=start))
+    flops, nbytes = work("deepseek-v2-lite", "layers.5.attention", Step.prefill(n, start=start), format)
     projections = 2 * n * (2048 * 16 * 192 + 2048 * (512 + 64) + 16 * 128 * 2048)
     expansion = 2 * context * 512 * 16 * (128 + 128)
     scores, values = 2 * pairs * 16 * 192, 2 * pairs * 16 * 128
     assert flops == projections + expansion + scores + values
-    weights = 2 * (2048 * 16 * 192 + 2048 * 576 + 512 + 512 * 16 * 256 + 16 * 128 * 2048)
-    assert nbytes == weights + n * 4 * 2048 * 2 + context * 576 * 2
+    matrices, norm, absorbed = 2048 * 16 * 192 + 2048 * 576 + 512 * 16 * 256 + 16 * 128 * 2048, 512, 512 * 16 * 128
+    if format == "float32":
+        assert nbytes == 4 * (matrices + norm) + n * 4 * 2048 * 4 + context * 576 * 4
+        return
+    # The keys' expansion lies there twice; of it a prompt reads the form that is not turned round.
+    weights = padded(2 * (matrices + absorbed) + 4 * norm) - 2 * absorbed
+    assert nbytes == weights + n * 4 * 2048 * 4 + context * 576 * 2
 
 
-def test_v3_attention_of_generated_tokens_is_absorbed() -> None:
+@pytest.mark.parametrize("format", ["float32", "bfloat16"])
+def test_v3_attention_of_generated_tokens_is_absorbed(format: str) -> None:
     batch, context = 3, 1000
-    flops, nbytes = work("deepseek-v3", "layers.60.attention", Step.decode(context, batch))
+    flops, nbytes = work("deepseek-v3", "layers.60.attention", Step.decode(context, batch), format)
     projections = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 128 * 128 * 7168
     absorbed = 128 * 128 * 512 + 128 * 512 * 128  # queries into the latent space, results out of it
     attention = context * (128 * 576 + 128 * 512)
     assert flops == 2 * batch * (projections + absorbed + attention)
-    weights = 2 * (projections + 512 * 128 * 256 + 1536 + 512)
-    assert nbytes == weights + batch * (4 * 7168 * 2 + context * 576 * 2)
+    matrices, norms, keys = projections + 512 * 128 * 256, 1536 + 512, 512 * 128 * 128
+    if format == "float32":
+        assert nbytes == 4 * (matrices + norms) + batch * (4 * 7168 * 4 + context * 576 * 4)
+        return
+    weights = padded(2 * (matrices + keys) + 4 * norms) - 2 * keys
+    assert nbytes == weights + batch * (4 * 7168 * 4 + context * 576 * 2)
 
 
-def test_grouped_query_attention() -> None:
+@pytest.mark.parametrize(("format", "size", "cached"), [("float32", 4, 4), ("bfloat16", 2, 2)])
+def test_grouped_query_attention(format: str, size: int, cached: int) -> None:
     spec = read_config(TINY | {"num_key_value_heads": 2})
-    task = build_graph(spec).task("layers.1.attention")
-    cost = CostModel(Topology((UNIT,))).task(task, UNIT, Step.decode(50))
+    task = build_graph(spec, format).task("layers.1.attention")
+    cost = CostModel(Topology((UNIT,)), format).task(task, UNIT, Step.decode(50))
     weights = 64 * 64 + 2 * 64 * 32 + 64 * 64
     assert cost.compute_s == 2 * weights + 50 * 2 * 2 * 64
-    assert cost.memory_s == 2 * weights + 4 * 64 * 2 + 50 * 2 * 32 * 2
+    assert padded(size * weights) == size * weights
+    assert cost.memory_s == size * weights + 4 * 64 * 4 + 50 * 2 * 32 * cached
 
 
+@pytest.mark.parametrize(("format", "size"), [("float32", 4), ("bfloat16", 2)])
 @pytest.mark.parametrize(
     ("name", "layer", "hidden", "width", "k", "shared"),
     [("deepseek-v2-lite", 3, 2048, 1408, 6, 2), ("deepseek-v3", 30, 7168, 2048, 8, 1)],
 )
-def test_experts(name: str, layer: int, hidden: int, width: int, k: int, shared: int) -> None:
+def test_experts(
+    name: str, layer: int, hidden: int, width: int, k: int, shared: int, format: str, size: int
+) -> None:  # fmt: skip
     expert = 3 * hidden * width
-    flops, nbytes = work(name, f"layers.{layer}.experts", Step.decode(10))
+    assert padded(2 * expert) == 2 * expert
+    flops, nbytes = work(name, f"layers.{layer}.experts", Step.decode(10), format)
     assert flops == 2 * k * expert
-    assert nbytes == pytest.approx(2 * k * expert + 3 * k * hidden * 2)  # one token reads exactly k experts
-    flops, nbytes = work(name, f"layers.{layer}.shared_experts", Step.decode(10))
-    assert (flops, nbytes) == (2 * shared * expert, 2 * shared * expert + 3 * hidden * 2)
+    assert nbytes == pytest.approx(size * k * expert + 3 * k * hidden * 4)  # one token reads exactly k experts
+    flops, nbytes = work(name, f"layers.{layer}.shared_experts", Step.decode(10), format)
+    assert (flops, nbytes) == (2 * shared * expert, size * shared * expert + 3 * hidden * 4)
 
 
 @pytest.mark.parametrize("name", ["deepseek-v2-lite", "deepseek-v3"])
@@ -150,12 +176,13 @@ def test_a_token_costs_two_operations_per_active_parameter(name: str) -> None:
         assert total == pytest.approx(2 * graph.active_parameters, rel=0.001)
 
 
-def test_a_chunk_that_ends_no_prompt_does_not_read_the_head() -> None:
+@pytest.mark.parametrize(("format", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_a_chunk_that_ends_no_prompt_does_not_read_the_head(format: str, size: int) -> None:
     within = Step("prefill", 512, 1, 512 * 513 / 2, 512, sampled=0)
-    assert work("deepseek-v3", "head", within) == (0, 0)
-    flops, nbytes = work("deepseek-v3", "head", Step.prefill(512))
+    assert work("deepseek-v3", "head", within, format) == (0, 0)
+    flops, nbytes = work("deepseek-v3", "head", Step.prefill(512), format)
     assert flops == 2 * 7168 * 129280
-    assert nbytes == 7168 * 129280 * 2 + 7168 * 2 + 129280 * 4
+    assert nbytes == 7168 * 129280 * size + 7168 * 4 + 129280 * 4
 
 
 def test_cache_is_the_latent() -> None:
@@ -191,32 +218,34 @@ def test_constants_are_those_of_the_engine() -> None:
     assert BLOCK_TOKENS == CACHE_BLOCK_TOKENS
 
 
-@pytest.mark.parametrize("format", ["int4", "int8"])
+@pytest.mark.parametrize(
+    ("format", "least", "most"), [("int4", 4.1, 4.6), ("int8", 8.1, 8.4), ("bfloat16", 16.0, 16.4)]
+)
 @pytest.mark.parametrize("name", ["deepseek-v2-lite", "deepseek-v3"])
-def test_packed_pages_have_the_size_of_their_layout(name: str, format: str) -> None:
+def test_pages_have_the_size_of_their_layout(name: str, format: str, least: float, most: float) -> None:
     spec = load_spec(name)
     graph = build_graph(spec, format)
     assert all(page.nbytes == page_layout(spec, page.name, format).nbytes for page in graph.pages.values())
-    bits = 8 * graph.nbytes / graph.parameters
-    assert (4.1 < bits < 4.6) if format == "int4" else (8.1 < bits < 8.4)
+    assert least < 8 * graph.nbytes / graph.parameters < most
 
 
-def test_packed_formats_compute_in_float32_and_cache_in_bfloat16() -> None:
+def test_kernels_compute_in_float32_and_cache_in_bfloat16() -> None:
     spec = load_spec("deepseek-v2-lite")
-    packed, plain = build_graph(spec, "int4"), build_graph(spec, "bfloat16")
-    assert [activation_dtype(f) for f in ("float32", "bfloat16", "int8", "int4")] == [
-        "float32", "bfloat16", "float32", "float32",
-    ]  # fmt: skip
-    assert [cache_dtype(f) for f in ("float32", "bfloat16", "int8")] == ["float32", "bfloat16", "bfloat16"]
-    assert packed.hidden_bytes_per_token == 4 * 2048 == 2 * plain.hidden_bytes_per_token
-    assert packed.kv_bytes_per_token == plain.kv_bytes_per_token == 27 * 576 * 2
+    assert {activation_dtype(f) for f in ("float32", *KERNEL_FORMATS)} == {"float32"}
+    assert cache_dtype("float32") == "float32"
+    for format in KERNEL_FORMATS:
+        graph = build_graph(spec, format)
+        assert cache_dtype(format) == "bfloat16"
+        assert graph.hidden_bytes_per_token == 4 * 2048
+        assert graph.kv_bytes_per_token == 27 * 576 * 2 == build_graph(spec, "float32").kv_bytes_per_token / 2
 
 
-def test_attention_of_a_packed_page_reads_the_form_it_computes() -> None:
+@pytest.mark.parametrize("format", KERNEL_FORMATS)
+def test_attention_of_a_kernels_page_reads_the_form_it_computes(format: str) -> None:
     """The expansion lies there twice, turned round for the absorbed form: a pass reads one of the two."""
     spec = load_spec("deepseek-v2-lite")
-    layout = page_layout(spec, "layers.5.attention", "int4")
-    task = build_graph(spec, "int4").task("layers.5.attention")
+    layout = page_layout(spec, "layers.5.attention", format)
+    task = build_graph(spec, format).task("layers.5.attention")
     assert task.nbytes == layout.nbytes
     assert task.prefill.bytes_fixed == layout.nbytes - layout.part("k_b_absorbed").nbytes
     assert task.decode.bytes_fixed == layout.nbytes - layout.part("k_b").nbytes
@@ -230,8 +259,16 @@ def test_a_packed_tied_head_reads_its_own_part() -> None:
     assert head.decode.bytes_fixed == page.nbytes - page.part("weight").nbytes >= page.part("head").nbytes
 
 
-def test_kernels_are_called_once_or_twice_per_task() -> None:
-    graph = build_graph(load_spec("deepseek-v3"), "int4")
+def test_a_tied_head_in_bfloat16_is_the_embedding_itself() -> None:
+    spec = read_config(TINY | {"tie_word_embeddings": True})
+    assert [p.role for p in page_layout(spec, "embedding", "bfloat16").parts] == ["weight"]
+    head = build_graph(spec, "bfloat16").task("head")
+    assert head.decode.bytes_fixed == head.nbytes == padded(320 * 64 * 2)
+
+
+@pytest.mark.parametrize("format", KERNEL_FORMATS)
+def test_kernels_are_called_once_or_twice_per_task(format: str) -> None:
+    graph = build_graph(load_spec("deepseek-v3"), format)
     for task in graph:
         for work in (task.prefill, task.decode):
             assert work.launches == (2 if task.kind in ("attention", "experts") else 1), task.name

@@ -205,7 +205,7 @@ def test_text_of_a_device_that_is_not_usable() -> None:
 def test_explain() -> None:
     schedule = planned()
     assert schedule.explain("layers.1.experts.7").startswith(
-        "layers.1.experts.7: 9 KiB on cuda:0, placed by all on cuda:0"
+        "layers.1.experts.7: 12 KiB on cuda:0, placed by all on cuda:0"
     )
     assert "preferred over all on cpu (" in schedule.explain("layers.1")
     assert "MiB" in schedule.explain("layers") or "KiB" in schedule.explain("layers")

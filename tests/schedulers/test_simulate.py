@@ -90,7 +90,7 @@ def test_experts_over_two_devices() -> None:
     cpu, sim = TWO.devices
     assert events[0].seconds == pytest.approx(cost.experts(task, cpu, step, [0, 1, 2, 3, 4, 7]).seconds)
     assert events[3].seconds == pytest.approx(cost.experts(task, sim, step, [5, 6]).seconds)
-    assert events[4].nbytes == 4 * 2 * 64 * 2 // 4  # a quarter of (token, k) rows
+    assert events[4].nbytes == 4 * 2 * 64 * 4 // 4  # a quarter of (token, k) rows
     assert events[5].seconds == pytest.approx(cost.combine(task, cpu, step).seconds)
 
 
@@ -109,8 +109,8 @@ def test_popular_experts_weigh_more() -> None:
         trace = simulate(placed(graph, **{f"layers__1__experts__{expert}": "sim:0"}), graph, cost, [step])
         return next(e.nbytes for e in trace.events if e.lane == "sim:0 -> cpu")
 
-    assert rows("0") == int(8 * 2 * 0.45 * 128)
-    assert rows("7") == int(8 * 2 * 0.025 * 128)
+    assert rows("0") == int(8 * 2 * 0.45 * 64 * 4)
+    assert rows("7") == int(8 * 2 * 0.025 * 64 * 4)
 
 
 def test_prompts_are_cut_into_chunks() -> None:

@@ -120,7 +120,7 @@ def test_chrome_trace(tmp_path: Path) -> None:
         assert all(start <= end for start, end in spans)
         assert all(a[1] <= b[0] for a, b in pairwise(spans))
     copies = [r for r in rows if r["ph"] == "X" and r["cat"] == "copy"]
-    assert {r["args"]["bytes"] for r in copies} == {20 * 128, 128}
+    assert {r["args"]["bytes"] for r in copies} == {20 * 64 * 4, 64 * 4}
     assert {r["args"]["phase"] for r in rows if r["ph"] == "X"} == {"prefill", "decode"}
 
 
