@@ -14,6 +14,7 @@ from ciuic_runtime.devices.units import format_bytes
 from ciuic_runtime.engine.config import RuntimeConfig
 from ciuic_runtime.model import Model
 from ciuic_runtime.models.checkpoint import Checkpoint
+from ciuic_runtime.models.layout import PACKED_FORMATS
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.ops.custom import Replacements
 from ciuic_runtime.ops.native import REFERENCE, instruction_set
@@ -74,6 +75,8 @@ def set_up(
     cores = sum(topology.device(n).cores for n in schedule.devices_used() if topology.device(n).kind == "CPU")
     threads = config.threads or max(1, cores or sum(d.cores for d in discover_cpus()))
     kernels, replaced = _kernels(config, model, schedule), Replacements.now()
+    if kernels == REFERENCE and model.format in PACKED_FORMATS:
+        _check_unpacked(model)
     _warn_of_unused(replaced, spec)
     setup = Setup(model, topology, schedule, context, batch, threads, kernels, replaced)
     expected = replace(config.workload or schedule.workload, batch=batch)
@@ -94,6 +97,18 @@ def _kernels(config: RuntimeConfig, model: Model, schedule: Schedule) -> str:
             "leave the kernels out, or try another dtype or device"
         )
     return REFERENCE
+
+
+def _check_unpacked(model: Model) -> None:
+    """The torch operators compute with the values that packed weights stand for, in bfloat16."""
+    need, room = 2 * model.graph.parameters, sum(capacity(d) for d in discover_cpus())
+    if need > room:
+        raise OutOfMemory(
+            f"{model.spec.name} in {model.format} is computed by torch here, which takes {format_bytes(need)} for its "
+            f"weights in bfloat16, and {format_bytes(room)} can be used; use the native kernels (`ciuic doctor` says "
+            "what they lack), or a smaller model",
+            need=need, capacity=room,
+        )  # fmt: skip
 
 
 def _warn_of_unused(replaced: Replacements, spec: ModelSpec) -> None:

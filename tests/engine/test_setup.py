@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import ciuic_runtime as ciuic
+from ciuic_runtime.engine import setup
 
 HUGE = 16 << 40  # bytes, more than any host here has
 
@@ -155,3 +156,13 @@ def test_forecast_and_actual_are_the_same_events_in_the_same_order(
     assert [(s.phase, s.tokens, s.sequences) for s in forecast.steps] == [
         (s.phase, s.tokens, s.sequences) for s in actual.steps
     ]
+
+
+def test_torch_operators_need_room_for_unpacked_weights(monkeypatch: pytest.MonkeyPatch, tiny_v3: Path) -> None:
+    """Refused before anything is loaded: 4 bits fit, the bfloat16 values that torch computes with do not."""
+    model = ciuic.Model(tiny_v3, "int4")
+    monkeypatch.setattr(setup, "capacity", lambda device: 2 * model.graph.parameters - 1)
+    with pytest.raises(ciuic.OutOfMemory, match="computed by torch here, which takes .* in bfloat16"):
+        setup._check_unpacked(model)
+    monkeypatch.setattr(setup, "capacity", lambda device: 2 * model.graph.parameters)
+    setup._check_unpacked(model)
