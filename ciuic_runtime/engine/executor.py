@@ -41,7 +41,8 @@ class _Instruction:
     function: Callable[..., Any]  # routed experts: what combines their rows
     experts: dict[str, Callable[..., torch.Tensor]] = field(default_factory=dict)  # device -> its experts' rows
     shares: dict[str, torch.Tensor] = field(default_factory=dict)  # device -> the numbers of its experts
-    last_use: tuple[str, ...] = ()  # values that nobody reads after this
+    inputs: tuple[tuple[str, str], ...] = ()  # (task, device) of the values that it takes
+    last_use: tuple[tuple[str, str], ...] = ()  # values that nobody reads after this
 
 
 class LocalExecutor:
@@ -125,14 +126,15 @@ class LocalExecutor:
         for task in self.graph:
             device = self.schedule.device_of(task.name)
             number, lane = self.recorder.number(task.name), self.recorder.number(device)
-            last_use = tuple(name for name in task.after if last[name] == task.name)
+            inputs = tuple((name, device) for name in task.after)
+            last_use = tuple((name, d) for name in task.after if last[name] == task.name for d in self.backends)
             backend, forward = self.backends[device], self.forwards[device]
             if task.num_experts:
                 function = forward.combine(task)
             else:
                 page = task.pages[0].name
                 function = forward.function(task, self._load([page], device)[page])
-            instruction = _Instruction(task, device, backend, number, lane, function, last_use=last_use)
+            instruction = _Instruction(task, device, backend, number, lane, function, inputs=inputs, last_use=last_use)
             if task.num_experts:
                 self._bind_experts(instruction)
             done += task.nbytes
@@ -171,15 +173,15 @@ class _Run:
         self.passes: dict[str, Any] = {}
 
     def execute(self, i: _Instruction) -> None:
+        values = self.values
         if i.experts:
             value = self._experts(i)
         else:
-            inputs = [self._fetch(name, i.device) for name in i.task.after]
+            inputs = [values[key] if key in values else self._fetch(*key) for key in i.inputs]
             value = self._launch(i, i.device, i.function, self._pass(i.device), *inputs)
-        self.values[i.task.name, i.device] = value
-        for name in i.last_use:
-            for device in self.x.backends:
-                self.values.pop((name, device), None)
+        values[i.task.name, i.device] = value
+        for key in i.last_use:
+            values.pop(key, None)
 
     def _experts(self, i: _Instruction) -> torch.Tensor:
         """Each device computes the rows of its experts; they are combined where the router runs."""
@@ -237,10 +239,13 @@ class _Run:
 
     def _launch(self, i: _Instruction, device: str, function: Callable[..., Any], *args: Any) -> Any:
         """Runs a task's function on a device and records it; asynchronous devices are waited for."""
-        backend = self.x.backends[device]
+        backend = i.backend if device == i.device else self.x.backends[device]
         start = time.perf_counter()
-        value = backend.launch(function, *args, name=i.task.name)
-        backend.synchronize()
+        if backend.host_memory:  # runs when called
+            value = function(*args)
+        else:
+            value = backend.launch(function, *args, name=i.task.name)
+            backend.synchronize()
         end = time.perf_counter()
         self.x.recorder.add(i.number, i.lane if device == i.device else self.x.recorder.number(device), start, end)
         return value
