@@ -8,8 +8,8 @@ struct alignas(64) AmxConfig {
     uint8_t rows[16];
 };
 
-// Path 2 of 4 and 8 bits: unpacked weights lie as the right operand wants them, 16 quads of 16 rows are one operand, two
-// of them a group.
+// 4 and 8 bits. A tile is unpacked to signed bytes, which then lie as the right operand wants them: 16 quads of 16 rows
+// are one operand, two of them a group. 16 activation rows are the left operand.
 
 inline void amx_begin() {
     static const AmxConfig config = [] {
@@ -22,58 +22,70 @@ inline void amx_begin() {
 }
 inline void amx_end() { _tile_release(); }
 
-// Up to 16 rows' sums of one group, of up to two tiles: acc = fma(sum - zero, weight scale x activation scale, acc).
-struct AmxSums {
-    alignas(64) int32_t of[2][256];
-    int64_t row, rows;
-};
-
-inline void amx_scale(const AmxSums& s, int tiles, const F* ws, const int32_t* zeros, const float* scales, Block block,
-                      int64_t column) {
-    float* acc = block.acc + s.row * block.ld + column;
-    for (int64_t r = 0; r < s.rows; ++r, acc += block.ld) {
-        const I zero = iset1(zeros[s.row + r]);
-        const F scale = set1(scales[s.row + r]);
-        store(acc, fma(to_float(load_i(s.of[0] + 16 * r) - zero), ws[0] * scale, load(acc)));
-        if (tiles > 1) {
-            float* next = acc + kTileRows;
-            store(next, fma(to_float(load_i(s.of[1] + 16 * r) - zero), ws[1] * scale, load(next)));
+inline void amx_unpack(const Matrix& w, const uint8_t* tile, uint8_t* bytes) {
+    const bool nibbles = w.layout == Layout::w4g128_t16;
+    const __m512i eight = _mm512_set1_epi8(8), top = _mm512_set1_epi8(-128);
+    for (int64_t i = 0, end = w.groups() * kGroup * kTileRows; i < end; i += nibbles ? 128 : 64, tile += 64) {
+        const Bytes b = load_bytes(tile);
+        if (nibbles) {
+            store_bytes(bytes + i, _mm512_sub_epi8(low_nibbles(b), eight));
+            store_bytes(bytes + i + 64, _mm512_sub_epi8(high_nibbles(b), eight));
+        } else {
+            store_bytes(bytes + i, _mm512_xor_si512(b, top));
         }
     }
 }
 
-inline void amx_add_group(const uint8_t* const* bytes, int tiles, const F* ws, bool nibbles, const Rows& x, int64_t g,
-                          int64_t rows, Block block, int64_t column) {
-    // Sums are scaled one step late: by then they have reached the cache.
-    AmxSums sums[2];
-    const int32_t* zeros = zero_sums(nibbles, x) + g * x.stride;
-    const float* scales = x.scales + g * x.stride;
-    _tile_loadd(4, bytes[0], 64);
-    _tile_loadd(5, bytes[0] + 1024, 64);
-    if (tiles > 1) {
-        _tile_loadd(6, bytes[1], 64);
-        _tile_loadd(7, bytes[1] + 1024, 64);
-    }
-    int at = 0;
-    for (int64_t row = 0; row < rows; row += 16, at ^= 1) {
-        AmxSums& now = sums[at];
+// 16 rows times one tile, of which the first kRows are wanted. Sums are scaled one group late: by then they have reached
+// the cache.
+template <int kRows>
+inline void amx_rows(const uint8_t* bytes, const uint16_t* weight_scales, const Rows& x, int64_t row, F* acc) {
+    alignas(64) int32_t sums[2][256];
+    const int64_t groups = x.groups();
+    const auto multiply = [&](int64_t g) {
         const int8_t* q = x.group(g, row);
-        now.row = row, now.rows = rows - row < 16 ? rows - row : 16;
+        const uint8_t* w = bytes + g * kGroup * kTileRows;
         _tile_loadd(2, q, kGroup);
-        _tile_loadd(3, q + 64, kGroup);
+        _tile_loadd(4, w, 64);
         _tile_zero(0);
-        _tile_dpbsud(0, 2, 4);
-        if (tiles > 1) {
-            _tile_zero(1);
-            _tile_dpbsud(1, 2, 6);
-        }
-        _tile_dpbsud(0, 3, 5);
-        if (tiles > 1) _tile_dpbsud(1, 3, 7);
-        _tile_stored(0, now.of[0], 64);
-        if (tiles > 1) _tile_stored(1, now.of[1], 64);
-        if (row > 0) amx_scale(sums[at ^ 1], tiles, ws, zeros, scales, block, column);
+        _tile_dpbssd(0, 2, 4);
+        _tile_loadd(3, q + 64, kGroup);
+        _tile_loadd(5, w + 1024, 64);
+        _tile_dpbssd(0, 3, 5);
+        _tile_stored(0, sums[g & 1], 64);
+    };
+    const auto add = [&](int64_t g) {
+        const F ws = load_f16(weight_scales + g * kTileRows);
+        const float* xs = x.scales + g * x.stride + row;
+        for (int r = 0; r < kRows; ++r) acc[r] = fma(to_float(load_i(sums[g & 1] + 16 * r)), ws * set1(xs[r]), acc[r]);
+    };
+    for (int r = 0; r < kRows; ++r) acc[r] = zero();
+    multiply(0);
+    for (int64_t g = 1; g < groups; ++g) {
+        multiply(g);
+        add(g - 1);
     }
-    amx_scale(sums[at ^ 1], tiles, ws, zeros, scales, block, column);
+    add(groups - 1);
+}
+
+// Rows [n0, n1) of the matrix, any number of activation rows; `bytes` has room for an unpacked tile.
+inline void amx_tiles(const Matrix& w, const Rows& x, int64_t rows, int64_t n0, int64_t n1, float* out, int64_t ld,
+                      uint8_t* bytes) {
+    amx_begin();
+    for (int64_t n = n0; n < n1; n += kTileRows) {
+        const uint8_t* tile = w.data + n / kTileRows * w.tile_bytes();
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(tile + w.weight_bytes());
+        amx_unpack(w, tile, bytes);
+        for (int64_t row = 0; row < rows; row += 16) {
+            F acc[16];
+            const int64_t left = rows - row;
+            if (left > 8) amx_rows<16>(bytes, scales, x, row, acc);
+            else if (left > 4) amx_rows<8>(bytes, scales, x, row, acc);
+            else amx_rows<4>(bytes, scales, x, row, acc);
+            for (int64_t r = 0; r < 16 && row + r < rows; ++r) write_columns(out + (row + r) * ld + n - n0, acc[r], n1 - n);
+        }
+    }
+    amx_end();
 }
 
 // bf16, any number of rows: 16 weight rows of 32 columns are the left operand, straight from the matrix; activations are

@@ -76,7 +76,7 @@ inline void stream_tiles(const Matrix& w, const Rows& x, int64_t n0, int64_t n1,
     }
 }
 
-// Path 2, more rows: a group of a tile is unpacked to bytes once and used for all rows. 2048 bytes, quad after quad.
+// Path 2, more rows (AMX has a path of its own): a group of a tile is unpacked to bytes once and used for all rows. 2048 bytes, quad after quad.
 inline void unpack_group(const uint8_t* q, uint8_t* bytes) {
     for (int j = 0; j < kQuads / 2; ++j) {
         const Bytes b = load_bytes(q + 64 * j);
@@ -119,7 +119,7 @@ inline void add_group(const uint8_t* const* bytes, const F* ws, bool nibbles, co
 }
 
 #if defined(__AVX512F__)
-constexpr int kBlockRows = 12, kBlockTiles = 2;
+constexpr int kBlockRows = 6, kBlockTiles = 2;  // of 4 to 12 rows and 1 to 4 tiles the quickest here
 #elif defined(__AVX2__)
 constexpr int kBlockRows = 4, kBlockTiles = 1;
 #else
@@ -139,19 +139,18 @@ inline void add_group_rows(const uint8_t* const* bytes, const F* ws, bool nibble
 #include "amx.h"
 #else
 constexpr bool kAmx = false;
-inline void amx_begin() {}
-inline void amx_end() {}
-inline void amx_add_group(const uint8_t* const*, int, const F*, bool, const Rows&, int64_t, int64_t, Block, int64_t) {}
+inline void amx_tiles(const Matrix&, const Rows&, int64_t, int64_t, int64_t, float*, int64_t, uint8_t*) {}
 inline void amx_bf16_product(const Matrix&, const Rows&, int64_t, int64_t, int64_t, float*, int64_t, uint8_t*) {}
 #endif
 
-constexpr int64_t kStreamRows = 3;    // up to here weights are streamed through registers
+constexpr int64_t kStreamRows = 4;    // up to here weights are streamed through registers
 constexpr int64_t kRowBlock = 128;    // rows that meet a group's bytes while both are in the nearest cache
 constexpr int64_t kChunkTiles = 8;    // tiles of a chunk of the second path
 
 // What product() uses of its thread's scratch memory, from the start on.
 inline size_t block_scratch(const Matrix& w, int64_t rows) {
     if (!w.tiled()) return kTileRows * w.row_bytes();
+    if (kAmx) return kTileRows * kGroup * w.groups();
     const int64_t kept = rows > kRowBlock ? w.groups() : 1;
     return kChunkTiles * (kGroup * kTileRows * kept + kRowBlock * kTileRows * sizeof(float)) + 4096;
 }
@@ -165,7 +164,6 @@ inline void block_tiles(Context c, int thread, const Matrix& w, const Rows& x, i
     char* memory = static_cast<char*>(c.pool->scratch(thread, block_scratch(w, rows)));
     Block block{reinterpret_cast<float*>(memory), tiles * kTileRows};
     uint8_t* bytes = reinterpret_cast<uint8_t*>(memory + kRowBlock * kChunkTiles * kTileRows * sizeof(float));
-    if (kAmx) amx_begin();
     for (int64_t row = 0; row < rows; row += kRowBlock) {
         const int64_t n = rows - row < kRowBlock ? rows - row : kRowBlock;
         const Rows mine = block_of(x, row);
@@ -184,9 +182,7 @@ inline void block_tiles(Context c, int thread, const Matrix& w, const Rows& x, i
                     if (row == 0) unpack_group(b[i], room);
                     b[i] = room;
                 }
-                if (kAmx && n > kStreamRows)
-                    amx_add_group(b, count, ws, nibbles, mine, g, n, block, t * kTileRows);
-                else if (count == kBlockTiles)
+                if (count == kBlockTiles)
                     add_group_rows<kBlockTiles>(b, ws, nibbles, mine, g, 0, n, block, t * kTileRows);
                 else
                     add_group_rows<1>(b, ws, nibbles, mine, g, 0, n, block, t * kTileRows);
@@ -196,7 +192,6 @@ inline void block_tiles(Context c, int thread, const Matrix& w, const Rows& x, i
                 write_columns(out + (row + r) * ld + t * kTileRows, load(block.acc + r * block.ld + t * kTileRows),
                               n1 - n0 - t * kTileRows);
     }
-    if (kAmx) amx_end();
 }
 
 // Rows of bf16 or float32: 16 partial sums per output, added at the end in a fixed order.
@@ -299,6 +294,11 @@ inline void product(Context c, int thread, const Matrix& w, const Rows& x, int64
     if (rows == 1) return stream_tiles<1>(w, x, n0, n1, out, ld);
     if (rows == 2) return stream_tiles<2>(w, x, n0, n1, out, ld);
     if (rows == 3) return stream_tiles<3>(w, x, n0, n1, out, ld);
+    if (rows == 4) return stream_tiles<4>(w, x, n0, n1, out, ld);
+    if (kAmx) {
+        uint8_t* bytes = static_cast<uint8_t*>(c.pool->scratch(thread, block_scratch(w, rows)));
+        return amx_tiles(w, x, rows, n0, n1, out, ld, bytes);
+    }
     for (int64_t n = n0; n < n1; n += kChunkTiles * kTileRows) {
         const int64_t end = n + kChunkTiles * kTileRows < n1 ? n + kChunkTiles * kTileRows : n1;
         block_tiles(c, thread, w, x, rows, n, end, out + n - n0, ld);
