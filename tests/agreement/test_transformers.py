@@ -1,5 +1,9 @@
 """Random models of each family against transformers: logits in float32 at every position, greedy tokens, and the
-distance of the distributions in bfloat16."""
+distances of the distributions in bfloat16.
+
+The torch operators round as transformers does. The kernels keep float32 between tasks, so they are nearer to the
+float32 model than transformers' own bfloat16 is; a router on a threshold may then choose as float32 does and not as
+transformers does."""
 
 from __future__ import annotations
 
@@ -25,10 +29,20 @@ def assert_agrees(reference: Reference, here: Topology) -> None:
     assert list(output.token_ids) == reference.tokens
 
 
-def bf16_distance(reference: Reference, here: Topology) -> float:
-    """Mean KL(transformers || ours) over the prompt, both in bfloat16."""
-    with open_llm(reference.folder, here, "bfloat16") as llm:
-        return float(kl_divergence(reference.bf16_logits, llm.logits(reference.prompt)).mean())
+def bf16_logits(reference: Reference, here: Topology, kernels: str) -> torch.Tensor:
+    with open_llm(reference.folder, here, "bfloat16", kernels=kernels) as llm:
+        return llm.logits(reference.prompt)
+
+
+def distance(expected: torch.Tensor, got: torch.Tensor) -> float:
+    """Mean KL(expected || got) over the prompt."""
+    return float(kl_divergence(expected, got).mean())
+
+
+def from_float32(reference: Reference, here: Topology) -> tuple[float, float]:
+    """How far our kernels' bfloat16, and transformers', are from the checkpoint computed in float32."""
+    ours = distance(reference.logits, bf16_logits(reference, here, "auto"))
+    return ours, distance(reference.logits, reference.bf16_logits)
 
 
 def assert_not_degenerate(reference: Reference) -> None:
@@ -48,7 +62,28 @@ def test_agrees_with_transformers(case: Case, reference: Reader, here: Topology)
     made = reference(case)
     assert_not_degenerate(made)
     assert_agrees(made, here)
-    assert bf16_distance(made, here) <= 1e-3
+    assert distance(made.bf16_logits, bf16_logits(made, here, "reference")) <= 1e-3
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_kernels_agree_with_transformers_in_bfloat16(case: Case, reference: Reader, here: Topology) -> None:
+    """Within 1e-3 of transformers' bfloat16 wherever that is so of float32 itself; elsewhere nearer to float32 than it
+    is (there it lets rounding choose other experts: up to 6e-3 away)."""
+    made = reference(case)
+    got, theirs = bf16_logits(made, here, "auto"), distance(made.logits, made.bf16_logits)
+    if theirs <= 1e-3:
+        assert distance(made.bf16_logits, got) <= 1e-3
+    else:
+        assert distance(made.logits, got) <= theirs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_are_nearer_to_float32_than_transformers(family: str, reference: Reader, here: Topology) -> None:
+    """Mean over the family's cases; measured in shares of transformers' distance: v3 0.25, v2 0.72, others 0.3-0.4."""
+    cases = [c for c in CASES if c.config["model_type"] == family]
+    pairs = [from_float32(reference(c), here) for c in cases]
+    ours, theirs = (sum(column) / len(cases) for column in zip(*pairs, strict=True))
+    assert ours <= 1.02 * theirs  # where there are no kernels it is the torch operators, as near as transformers
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -61,10 +96,13 @@ def test_drawn_configurations_agree(family: str, seed: int, reference: Reader, h
 @pytest.mark.parametrize("family", FAMILIES)
 def test_many_drawn_configurations_agree(family: str, reference: Reader, here: Topology) -> None:
     """In bfloat16 the mean is over all of them: where two experts are equal but for rounding, one model may differ."""
-    distances = []
+    distances, pairs = [], []
     for seed in range(2, 60):
         made = reference(drawn(family, seed))
         assert_agrees(made, here)
-        distances.append(bf16_distance(made, here))
+        distances.append(distance(made.bf16_logits, bf16_logits(made, here, "reference")))
+        pairs.append(from_float32(made, here))
     assert sum(distances) / len(distances) <= 1e-3
     assert sorted(distances)[len(distances) * 9 // 10] <= 1e-3
+    ours, theirs = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+    assert ours <= 1.02 * theirs, f"{ours:.2e} from float32, transformers {theirs:.2e}"
