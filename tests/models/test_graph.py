@@ -192,8 +192,8 @@ def test_cache_is_the_latent() -> None:
 
 
 def test_torch_working_memory_grows_with_the_context_of_one_sequence() -> None:
-    """V2-Lite's first layer at 4096 positions in float32: expanded keys and values, a copy of the keys, scores and their
-    softmax. A process was seen to grow by 407 MiB for 512 tokens and 205 MiB for 64, its cache apart."""
+    """V2-Lite's first layer at 4096 positions in float32: expanded keys and values, a copy of the keys, scores and
+    their softmax. A process was seen to grow by 407 MiB for 512 tokens and 205 MiB for 64, its cache apart."""
     graph = build_graph(load_spec("deepseek-v2-lite"), "float32")
     expanded = 16 * 4096 * ((128 + 128 + 192) * 4 + 192 * 4)
     scores = 8 * 16 * 4096
