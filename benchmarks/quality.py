@@ -1,6 +1,6 @@
 """What packing costs in quality on a real model: each format's logits against the same model's in float32 (mean
-Kullback-Leibler divergence, how often the likeliest token is the same), and, computed in torch, what a group of 64 would
-give instead of 128 and what each kind of matrix contributes.
+Kullback-Leibler divergence, how often the likeliest token is the same), and, computed in torch, what a group of 64
+would give instead of 128 and what each kind of matrix contributes.
 
     python benchmarks/quality.py MODEL [--out FILE]        # SmolLM2's GGUF file, for example"""
 
@@ -21,7 +21,7 @@ TEXT = """The river rises in the hills above the town and reaches the sea after 
 is slow and brown, and barges carried grain and timber along it until the railway came. In computing, a schedule says which
 task runs on which processor and when; a good one keeps the slowest part busy all the time, because nothing else decides
 how long the whole takes. To make bread, mix flour, water, salt and a little yeast, knead the dough until it is smooth, let
-it rise in a warm place for two hours, and bake it until the crust is brown and sounds hollow when you knock on it."""
+it rise in a warm place for two hours, and bake it until the crust is brown and sounds hollow when you knock on it."""  # noqa: E501
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -162,7 +162,7 @@ def test_torch_operators_need_room_for_unpacked_weights(monkeypatch: pytest.Monk
     """Refused before anything is loaded: 4 bits fit, the bfloat16 values that torch computes with do not."""
     model = ciuic.Model(tiny_v3, "int4")
     monkeypatch.setattr(setup, "capacity", lambda device: 2 * model.graph.parameters - 1)
-    with pytest.raises(ciuic.OutOfMemory, match="computed by torch here, which takes .* in bfloat16"):
+    with pytest.raises(ciuic.OutOfMemory, match=r"computed by torch here, which takes .* in bfloat16"):
         setup._check_unpacked(model)
     monkeypatch.setattr(setup, "capacity", lambda device: 2 * model.graph.parameters)
     setup._check_unpacked(model)
