@@ -129,15 +129,21 @@ def test_a_tokens_bits_are_its_own(name: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_long_prompts(name: str) -> None:
-    """More rows than a block of any kernel."""
-    layer = MAKERS[name]("w8g128-t16")
-    texts = texts_of(layer.hidden, [(300, 1), (450, 0)], BLOCKS, 5)
+@pytest.mark.parametrize("layout", ["w8g128-t16", "bf16-rows"])
+def test_long_contexts(name: str, layout: str) -> None:
+    """More rows than a block of any kernel, and contexts that several threads may share."""
+    layer = MAKERS[name](layout)
+    texts = texts_of(layer.hidden, [(300, 3), (450, 0), (1, 280)], 2 * BLOCKS, 5)
     for isa in SETS:
-        whole, cut = Run(layer, texts, BLOCKS), Run(layer, texts, BLOCKS)
-        generate(whole, operators(isa, 2), texts, 1000)
-        generate(cut, operators(isa, 3), texts, 130)
-        assert all(same_bits(a, b) for a, b in zip(whole.out, cut.out, strict=True))
+        whole, cut = Run(layer, texts, 2 * BLOCKS), Run(layer, texts, 2 * BLOCKS)
+        for i in range(3):
+            whole.step(operators(isa, 2), [Piece(i, 0, texts[i].prompt)])
+        whole.step(operators(isa, 2), [Piece(0, 300, 303), Piece(2, 1, 281)])
+        for pieces in rounds([cuts(0, 0, 300, 130), cuts(1, 0, 450, 130), [Piece(2, 0, 1), *cuts(2, 1, 278, 93)]]):
+            cut.step(operators(isa, 3), pieces)
+        for i in range(3):
+            cut.step(operators(isa, 1 + 2 * i), [Piece(2, 278 + i, 279 + i), Piece(0, 300 + i, 301 + i)])
+        assert all(same_bits(a, b) for a, b in zip(whole.out, cut.out, strict=True)), isa
         check(layer, whole, isa)
 
 

@@ -49,7 +49,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     binding = must([sys.executable, "-m", "nanobind", "--cmake_dir"], 60).strip()
     flags = "-fsanitize=address,undefined -fno-omit-frame-pointer -g1"
     python = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dnanobind_DIR={binding}"]
-    compiler = [f"-DCMAKE_CXX_COMPILER={COMPILER}", f"-DCMAKE_CXX_FLAGS={flags}"]
+    compiler = [f"-DCMAKE_CXX_COMPILER={COMPILER}", f"-DCMAKE_CXX_FLAGS={flags}", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
     must([cmake, "-S", str(ROOT), "-B", str(folder), *python, *compiler], 120)
     must([cmake, "--build", str(folder), "--target", "_kernels", "-j", str(os.cpu_count() or 1)], 1800)
     return next(folder.glob("_kernels*.so"))
@@ -69,18 +69,8 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers(file: str, san
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:exitcode=99",
     }  # fmt: skip
-    without_children = ["-k", "not after_a_fork"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-s",
-        "-p",
-        "no:cacheprovider",
-        str(HERE / name),
-        *without_children,
-    ]
+    pytest_on = [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider"]
+    command = [*pytest_on, str(HERE / name), "-k", "not after_a_fork"]  # that has a process of its own
     done = run(command, 1500, **environment)
     told = done.stdout + done.stderr
     assert not REPORT.search(told), told[-6000:]
