@@ -48,8 +48,9 @@ inline Rows take_rows(Arena& arena, const Matrix& w, int64_t rows) {
     return r;
 }
 
-// `count` values (at most 128) of one row and group: q = round(x / scale), scale = largest magnitude / 127. Whatever is
-// not finite makes the scale not a number, so that every product with it shows.
+// `count` values (at most 128) of one row and group: q = round(x * (127 / largest)), ties to even, and scale = largest
+// magnitude / 127, every step rounded to float32: near a tie, x / scale may fall to its other side. Whatever is not
+// finite makes the scale not a number, so that every product with it shows.
 inline void quantise_group(const float* x, int64_t count, int8_t* q, float* scale, int32_t* sum) {
     I most = izero();
     const I magnitude = iset1(0x7fffffff);
