@@ -4,8 +4,11 @@
 #include <new>
 #include <thread>
 
-#ifdef __linux__
+#if defined(__unix__) || defined(__APPLE__)
+#define CIUIC_FORKS 1
 #include <pthread.h>
+#endif
+#ifdef __linux__
 #include <sched.h>
 #endif
 #ifdef __x86_64__
@@ -39,6 +42,17 @@ void bind(std::thread& thread, int cpu) {
 #endif
 }
 
+// How many forks this process has come out of. It then has none of its parent's workers, and what they held at that
+// moment (a mutex, a place among those that wait) is held for ever.
+std::atomic<unsigned> forks{0};
+
+void count_forks() {
+#ifdef CIUIC_FORKS
+    static const int once = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
+    (void)once;
+#endif
+}
+
 struct Scratch {
     void* memory = nullptr;
     size_t nbytes = 0;
@@ -61,6 +75,7 @@ struct ThreadPool::State {
     std::condition_variable wake;
     std::vector<std::thread> workers;
     std::vector<Scratch> scratch;
+    const unsigned born = forks.load();
 
     void claim(uint64_t job, int thread) {
         for (;;) {
@@ -98,6 +113,7 @@ struct ThreadPool::State {
 };
 
 ThreadPool::ThreadPool(int threads, const std::vector<int>& cpus) : state_(new State), threads_(threads) {
+    count_forks();
     state_->scratch.resize(threads);
     for (int i = 1; i < threads; ++i) {
         state_->workers.emplace_back([this, i] { state_->work(i); });
@@ -106,6 +122,7 @@ ThreadPool::ThreadPool(int threads, const std::vector<int>& cpus) : state_(new S
 }
 
 ThreadPool::~ThreadPool() {
+    if (state_->born != forks.load()) return;  // nobody to wait for
     {
         std::lock_guard<std::mutex> lock(state_->mutex);
         state_->stop.store(true);
@@ -119,6 +136,10 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::run(int64_t chunks, Body body, void* context) {
+    if (state_->born != forks.load(std::memory_order_relaxed)) {  // begin again, without workers
+        state_ = new State;
+        state_->scratch.resize(threads_);
+    }
     State& s = *state_;
     std::lock_guard<std::mutex> one(s.one_caller);  // every caller is thread 0, whose scratch memory is one caller's
     if (threads_ == 1 || chunks <= 1) {

@@ -127,7 +127,7 @@ def test_a_repeated_call_takes_no_more_memory() -> None:
 
 
 FORKED = """
-import os, sys, torch
+import os, sys, time, torch
 sys.path.insert(0, sys.argv[1])
 import conftest
 from kernel_cases import SETS, activations, native, weight
@@ -136,13 +136,16 @@ pool = native.ThreadPool(3, [])
 ops = native.Operators(SETS[0], pool)
 w, x = weight("w4g128-t16", 2000, 128, 1), activations(5, 128, 2)
 expected = run(ops, w, x)
-child = os.fork()
-if child == 0:
-    ok = all(torch.equal(run(ops, w, x), expected) for _ in range(20))
-    del ops, pool
-    sys.exit(0 if ok else 3)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the child failed"
-assert torch.equal(run(ops, w, x), expected)
+for pause in (0, 1e-3, 0.3):  # workers at work, on their way to sleep, asleep
+    run(ops, w, x)
+    time.sleep(pause)
+    child = os.fork()
+    if child == 0:
+        ok = all(torch.equal(run(ops, w, x), expected) for _ in range(20))
+        del ops, pool
+        sys.exit(0 if ok else 3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the child failed"
+    assert torch.equal(run(ops, w, x), expected)
 """
 
 
