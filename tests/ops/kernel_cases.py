@@ -3,6 +3,7 @@ them, products in double precision with a bound on what float32 may add to them,
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ def pool(threads: int) -> Any:
 @lru_cache
 def operators(isa: str, threads: int = 1) -> Any:
     return native.Operators(isa, pool(threads))
+
+
+# Before the interpreter takes modules apart, so that the binding finds nothing left over.
+atexit.register(pool.cache_clear)
+atexit.register(operators.cache_clear)
 
 
 def rng(seed: int) -> torch.Generator:

@@ -83,7 +83,7 @@ def check(layer: Layer, run: Run, what: str) -> None:
 
 
 @given(layers, st.lists(st.tuples(lengths, st.integers(0, 3)), min_size=1, max_size=3), st.data())
-@settings(max_examples=examples(20), deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 def test_attention(layer: Layer, sizes: list[tuple[int, int]], data: st.DataObject) -> None:
     texts = texts_of(layer.hidden, sizes, BLOCKS, data.draw(st.integers(0, 99)))
     chunk = data.draw(st.sampled_from([7, 64, 100, 1000]))

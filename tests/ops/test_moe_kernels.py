@@ -104,7 +104,7 @@ def grid(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 
 @given(routers(), st.integers(1, 40), st.integers(0, 99))
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_route_picks_what_the_reference_picks(router: Router, rows: int, seed: int) -> None:
     x, moe = grid(rows, HIDDEN, seed), router.moe
     expected_ids, expected_weights = route(x, router.weight[0], router.bias, moe)
@@ -269,7 +269,7 @@ def drawn_ids(rows: int, k: int, count: int, seed: int, among: int | None = None
     st.sampled_from([1, 16, 70, 127, 128, 129, 200]), st.sampled_from([1, 30, 127, 128, 129, 260]),
     st.sampled_from(LAYOUTS), st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=examples(30), deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_experts(rows: int, count: int, data: st.DataObject, hidden: int, width: int, layout: str, seed: int) -> None:
     """Each (token, k) row is what the expert's MLP makes of the token by itself, bit for bit; that MLP is held to the
     reference elsewhere, and here once more. Some experts get no token, some are not there: their rows stay."""
