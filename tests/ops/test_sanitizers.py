@@ -69,7 +69,7 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers(file: str, san
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:exitcode=99",
     }  # fmt: skip
-    pytest_on = [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider"]
+    pytest_on = [sys.executable, "-m", "pytest", "-x", "-s", "-v", "-p", "no:cacheprovider"]
     command = [*pytest_on, str(HERE / name), "-k", "not after_a_fork"]  # that has a process of its own
     done = run(command, 1500, **environment)
     told = done.stdout + done.stderr
