@@ -8,8 +8,16 @@ struct alignas(64) AmxConfig {
     uint8_t rows[16];
 };
 
-// 4 and 8 bits. A tile is unpacked to signed bytes, which then lie as the right operand wants them: 16 quads of 16 rows
-// are one operand, two of them a group. 16 activation rows are the left operand.
+// 4 and 8 bits. Two tiles meet 32 activation rows at a time, in four registers of sums, so that every operand loaded is
+// used twice. A group of weights is unpacked to signed bytes, which then lie as the right operand wants them (16 quads of
+// 16 rows are one operand, two of them a group) and serve all rows; 16 activation rows are the left operand. What is at
+// hand (weights, sums, outputs: 36 KB) is kept small enough for the nearest cache: with two groups at a time it is not,
+// and everything takes half as long again.
+
+constexpr int kAmxTiles = 2;
+constexpr int64_t kAmxRows = 32;
+constexpr int64_t kAmxAhead = 4;  // groups
+constexpr int64_t kGroupBytes = kGroup * kTileRows;  // unpacked
 
 inline void amx_begin() {
     static const AmxConfig config = [] {
@@ -21,69 +29,182 @@ inline void amx_begin() {
     asm volatile("ldtilecfg %0" ::"m"(config));  // gcc 12's intrinsic reads 8 of the 64 bytes only
 }
 inline void amx_end() { _tile_release(); }
+// gcc 12 does not know that a tile is loaded from memory: what was stored before this is there to be loaded after it.
+inline void amx_stored() { asm volatile("" ::: "memory"); }
 
-inline void amx_unpack(const Matrix& w, const uint8_t* tile, uint8_t* bytes) {
-    const bool nibbles = w.layout == Layout::w4g128_t16;
-    const __m512i eight = _mm512_set1_epi8(8), top = _mm512_set1_epi8(-128);
-    for (int64_t i = 0, end = w.groups() * kGroup * kTileRows; i < end; i += nibbles ? 128 : 64, tile += 64) {
-        const Bytes b = load_bytes(tile);
-        if (nibbles) {
-            store_bytes(bytes + i, _mm512_sub_epi8(low_nibbles(b), eight));
-            store_bytes(bytes + i + 64, _mm512_sub_epi8(high_nibbles(b), eight));
-        } else {
-            store_bytes(bytes + i, _mm512_xor_si512(b, top));
+// One of kParts parts of a group of a tile, to signed bytes; what lies `ahead` bytes on is asked for from memory. For a nibble n, n - 8 has n's lower bits and the opposite of
+// its bit 3 everywhere above: a linear map of bits, for which there is one instruction.
+template <int kParts>
+inline void amx_unpack(bool nibbles, const uint8_t* packed, int64_t ahead, uint8_t* bytes, int64_t part) {
+    constexpr int64_t kSize = kGroupBytes / kParts;
+    bytes += part * kSize;
+    if (nibbles) {
+        const __m512i low = _mm512_set1_epi64(0x0102040808080808), high = _mm512_set1_epi64(0x1020408080808080);
+        packed += part * (kSize / 2);
+        for (int64_t i = 0; i < kSize; i += 128) {
+            __builtin_prefetch(packed + i / 2 + ahead, 0, 2);
+            const Bytes b = load_bytes(packed + i / 2);
+            store_bytes(bytes + i, _mm512_gf2p8affine_epi64_epi8(b, low, 0xf8));
+            store_bytes(bytes + i + 64, _mm512_gf2p8affine_epi64_epi8(b, high, 0xf8));
+        }
+    } else {
+        packed += part * kSize;
+        for (int64_t i = 0; i < kSize; i += 64) {
+            __builtin_prefetch(packed + i + ahead, 0, 2);
+            store_bytes(bytes + i, _mm512_xor_si512(load_bytes(packed + i), _mm512_set1_epi8(-128)));
         }
     }
 }
 
-// 16 rows times one tile, of which the first kRows are wanted. Sums are scaled one group late: by then they have reached
-// the cache.
-template <int kRows>
-inline void amx_rows(const uint8_t* bytes, const uint16_t* weight_scales, const Rows& x, int64_t row, F* acc) {
-    alignas(64) int32_t sums[2][256];
-    const int64_t groups = x.groups();
-    const auto multiply = [&](int64_t g) {
-        const int8_t* q = x.group(g, row);
-        const uint8_t* w = bytes + g * kGroup * kTileRows;
-        _tile_loadd(2, q, kGroup);
-        _tile_loadd(4, w, 64);
-        _tile_zero(0);
-        _tile_dpbssd(0, 2, 4);
-        _tile_loadd(3, q + 64, kGroup);
-        _tile_loadd(5, w + 1024, 64);
-        _tile_dpbssd(0, 3, 5);
-        _tile_stored(0, sums[g & 1], 64);
-    };
-    const auto add = [&](int64_t g) {
-        const F ws = load_f16(weight_scales + g * kTileRows);
-        const float* xs = x.scales + g * x.stride + row;
-        for (int r = 0; r < kRows; ++r) acc[r] = fma(to_float(load_i(sums[g & 1] + 16 * r)), ws * set1(xs[r]), acc[r]);
-    };
-    for (int r = 0; r < kRows; ++r) acc[r] = zero();
-    multiply(0);
-    for (int64_t g = 1; g < groups; ++g) {
-        multiply(g);
-        add(g - 1);
+// A group of kTiles tiles: the packed bytes, and where they go, [kTiles][kGroupBytes].
+template <int kTiles>
+struct AmxWeights {
+    const uint8_t* packed[kTiles];
+    const uint16_t* scales[kTiles];
+    int64_t ahead;  // where the same tiles' bytes are some groups later, or the next tiles'
+    bool nibbles;
+    uint8_t* bytes;
+};
+
+// Integer sums [kTiles][kAmxRows][16] of one group, to be scaled and added to acc [rows][16 kTiles].
+template <int kTiles>
+struct AmxSums {
+    const int32_t* sums;
+    const float* scales;  // of the activations' rows
+    const uint16_t* weight_scales[kTiles];
+    float* acc;
+    int blocks;  // of 16 rows
+    bool first;  // nothing is in acc yet
+};
+
+template <int kTiles>
+struct AmxScaling {
+    const int32_t* sums;
+    const float* scales;
+    float* acc;
+    __mmask16 keep;
+    F weight_scales[kTiles];
+
+    explicit AmxScaling(const AmxSums<kTiles>& s)
+        : sums(s.sums), scales(s.scales), acc(s.acc), keep(s.first ? 0 : 0xffff) {
+        for (int t = 0; t < kTiles; ++t) weight_scales[t] = load_f16(s.weight_scales[t]);
     }
-    add(groups - 1);
+    CIUIC_INLINE void row(int64_t r) const {
+        for (int t = 0; t < kTiles; ++t) {
+            float* to = acc + (r * kTiles + t) * 16;
+            const I sum = load_i(sums + (t * kAmxRows + r) * 16);
+            store(to, fma(to_float(sum), weight_scales[t] * set1(scales[r]), F{_mm512_maskz_loadu_ps(keep, to)}));
+        }
+    }
+};
+
+// kBlocks x 16 rows times kTiles tiles over one group. Between the multiplications, for which they use other parts of the
+// core, the sums of the step before (kBefore x 16 rows) are scaled and the weights of the group after are unpacked: what
+// was stored a moment ago is slow to load as a tile, and the other way round.
+template <int kBlocks, int kTiles, int kBefore>
+inline void amx_step(const int8_t* q, const uint8_t* w, int32_t* sums, const AmxSums<kTiles>& before,
+                     const AmxWeights<kTiles>* after) {
+    constexpr int kMultiplications = 2 * kBlocks * kTiles, kRows = 16 * kBefore / kMultiplications;
+    const AmxScaling<kTiles> scaling(before);
+    const auto between = [&](int m) __attribute__((always_inline)) {
+        for (int r = 0; r < kRows; ++r) scaling.row(m * kRows + r);
+        const int tile = m / (2 * kBlocks);
+        if (after)
+            amx_unpack<2 * kBlocks>(after->nibbles, after->packed[tile], after->ahead, after->bytes + tile * kGroupBytes, m % (2 * kBlocks));
+    };
+    int m = 0;
+    amx_stored();
+    _tile_zero(0);
+    if (kTiles > 1) _tile_zero(1);
+    if (kBlocks > 1) _tile_zero(2);
+    if (kBlocks > 1 && kTiles > 1) _tile_zero(3);
+    for (int half = 0; half < 2; ++half) {
+        _tile_loadd(6, w + 1024 * half, 64);
+        _tile_loadd(4, q + 64 * half, kGroup);
+        _tile_dpbssd(0, 4, 6);
+        between(m++);
+        if (kTiles > 1) {
+            _tile_loadd(7, w + kGroupBytes + 1024 * half, 64);
+            _tile_dpbssd(1, 4, 7);
+            between(m++);
+        }
+        if (kBlocks > 1) {
+            _tile_loadd(5, q + 16 * kGroup + 64 * half, kGroup);
+            _tile_dpbssd(2, 5, 6);
+            between(m++);
+        }
+        if (kBlocks > 1 && kTiles > 1) {
+            _tile_dpbssd(3, 5, 7);
+            between(m++);
+        }
+    }
+    _tile_stored(0, sums, 64);
+    if (kTiles > 1) _tile_stored(1, sums + kAmxRows * 16, 64);
+    if (kBlocks > 1) _tile_stored(2, sums + 256, 64);
+    if (kBlocks > 1 && kTiles > 1) _tile_stored(3, sums + kAmxRows * 16 + 256, 64);
 }
 
-// Rows [n0, n1) of the matrix, any number of activation rows; `bytes` has room for an unpacked tile.
-inline void amx_tiles(const Matrix& w, const Rows& x, int64_t rows, int64_t n0, int64_t n1, float* out, int64_t ld,
-                      uint8_t* bytes) {
+// kTiles tiles from output n on, at most kRowBlock rows.
+template <int kTiles>
+inline void amx_some_tiles(const Matrix& w, const Rows& x, int64_t rows, int64_t n, int64_t n1, float* out, int64_t ld) {
+    alignas(64) uint8_t bytes[2][kTiles * kGroupBytes];
+    alignas(64) int32_t sums[2][kTiles * kAmxRows * 16];
+    alignas(64) float acc[kRowBlock * kTiles * 16];
+    const int64_t groups = w.groups();
+    const auto weights_of = [&](int64_t g) {
+        AmxWeights<kTiles> of;
+        of.nibbles = w.layout == Layout::w4g128_t16, of.bytes = bytes[g & 1];
+        const int64_t group_bytes = kGroupBytes / (of.nibbles ? 2 : 1);
+        of.ahead = kAmxAhead * group_bytes + (g + kAmxAhead < groups ? 0 : kTiles * w.tile_bytes() - groups * group_bytes);
+        for (int t = 0; t < kTiles; ++t) {
+            const uint8_t* tile = w.data + (n / kTileRows + t) * w.tile_bytes();
+            of.packed[t] = tile + g * group_bytes;
+            of.scales[t] = reinterpret_cast<const uint16_t*>(tile + w.weight_bytes()) + g * kTileRows;
+        }
+        return of;
+    };
+    AmxWeights<kTiles> now = weights_of(0);
+    for (int t = 0; t < kTiles; ++t) amx_unpack<1>(now.nibbles, now.packed[t], now.ahead, now.bytes + t * kGroupBytes, 0);
+    AmxSums<kTiles> left[2];  // what the step before left; nothing at first, which the next step writes over
+    left[1] = {sums[1], x.scales, {}, acc, 1, true};
+    for (int t = 0; t < kTiles; ++t) left[1].weight_scales[t] = now.scales[t];
+    int64_t step = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+        const AmxWeights<kTiles> next = weights_of(g + 1 < groups ? g + 1 : g);
+        for (int64_t row = 0; row < rows; row += kAmxRows, ++step) {
+            const AmxSums<kTiles>& before = left[(step + 1) & 1];
+            AmxSums<kTiles>& mine = left[step & 1];
+            int32_t* to = sums[step & 1];
+            mine.sums = to, mine.scales = x.scales + g * x.stride + row, mine.acc = acc + row * kTiles * 16;
+            mine.blocks = rows - row > 16 ? 2 : 1, mine.first = g == 0;
+            for (int t = 0; t < kTiles; ++t) mine.weight_scales[t] = now.scales[t];
+            const AmxWeights<kTiles>* after = row == 0 && g + 1 < groups ? &next : nullptr;
+            const int8_t* q = x.group(g, row);
+            if (mine.blocks == 2 && before.blocks == 2) amx_step<2, kTiles, 2>(q, now.bytes, to, before, after);
+            else if (mine.blocks == 2) amx_step<2, kTiles, 1>(q, now.bytes, to, before, after);
+            else if (before.blocks == 2) amx_step<1, kTiles, 2>(q, now.bytes, to, before, after);
+            else amx_step<1, kTiles, 1>(q, now.bytes, to, before, after);
+        }
+        now = next;
+    }
+    const AmxSums<kTiles>& last = left[(step + 1) & 1];
+    const AmxScaling<kTiles> scaling(last);
+    for (int64_t r = 0; r < 16 * last.blocks; ++r) scaling.row(r);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int t = 0; t < kTiles; ++t)
+            write_columns(out + r * ld + 16 * t, load(acc + (r * kTiles + t) * 16), n1 - n - 16 * t);
+}
+
+// Rows [n0, n1) of the matrix, any number of activation rows.
+inline void amx_tiles(const Matrix& w, const Rows& x, int64_t rows, int64_t n0, int64_t n1, float* out, int64_t ld) {
     amx_begin();
-    for (int64_t n = n0; n < n1; n += kTileRows) {
-        const uint8_t* tile = w.data + n / kTileRows * w.tile_bytes();
-        const uint16_t* scales = reinterpret_cast<const uint16_t*>(tile + w.weight_bytes());
-        amx_unpack(w, tile, bytes);
-        for (int64_t row = 0; row < rows; row += 16) {
-            F acc[16];
-            const int64_t left = rows - row;
-            if (left > 8) amx_rows<16>(bytes, scales, x, row, acc);
-            else if (left > 4) amx_rows<8>(bytes, scales, x, row, acc);
-            else amx_rows<4>(bytes, scales, x, row, acc);
-            for (int64_t r = 0; r < 16 && row + r < rows; ++r) write_columns(out + (row + r) * ld + n - n0, acc[r], n1 - n);
-        }
+    for (int64_t row = 0; row < rows; row += kRowBlock) {
+        const int64_t count = rows - row < kRowBlock ? rows - row : kRowBlock;
+        const Rows mine = block_of(x, row);
+        float* to = out + row * ld - n0;
+        int64_t n = n0;
+        for (; n + kTileRows < n1; n += kAmxTiles * kTileRows) amx_some_tiles<2>(w, mine, count, n, n1, to + n, ld);
+        if (n < n1) amx_some_tiles<1>(w, mine, count, n, n1, to + n, ld);
     }
     amx_end();
 }
@@ -152,6 +273,7 @@ inline void amx_bf16_product(const Matrix& w, const Rows& x, int64_t rows, int64
             for (int64_t i = 0; whole < w.columns && i < here; ++i)
                 std::memcpy(tails[blocks] + 64 * i, from[blocks] + i * stride + 2 * whole, 2 * (w.columns - whole));
         }
+        amx_stored();
         for (int64_t row = 0; row < rows; row += kPairRows) {
             const int64_t room = x.stride - row < kPairRows ? x.stride - row : kPairRows;
             const int64_t mine = rows - row < room ? rows - row : room;

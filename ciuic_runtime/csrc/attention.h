@@ -3,7 +3,18 @@
 
 constexpr int64_t kBlock = kBlockTokens;
 constexpr int64_t kAllBlocks = INT64_MAX;
-constexpr int64_t kSpanBlocks = 4;  // of a long context that one thread takes on; a fixed length, so that bits are too
+constexpr int64_t kSpanBlocks = kAmx ? 2 : 4;  // of a long context that one thread takes on
+constexpr int64_t kMostSpans = 32;
+
+// A context is cut by its own length alone, so that its bits depend on nothing else.
+inline int64_t span_blocks(int64_t context) {
+    const int64_t blocks = (context + kBlock - 1) / kBlock, least = (blocks + kMostSpans - 1) / kMostSpans;
+    return least < kSpanBlocks ? kSpanBlocks : least;
+}
+inline int64_t spans_of(int64_t context) {
+    const int64_t length = span_blocks(context) * kBlock;
+    return (context + length - 1) / length;
+}
 
 // A block of keys turned round [key_width][64] and of values [64][values_ld], as float32. Results are `value_ld` wide,
 // which is the values' width rounded up to 16.

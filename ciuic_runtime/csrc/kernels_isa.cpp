@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -53,6 +54,9 @@ inline void for_rows(Context c, int64_t rows, int64_t values, const Body& body) 
 #include "moe.h"
 #include "attention.h"
 #include "gqa.h"
+#if defined(__AMX_INT8__)
+#include "absorbed_amx.h"
+#endif
 #include "mla.h"
 
 bool here() {
@@ -60,7 +64,8 @@ bool here() {
 #if defined(__linux__)
     constexpr int kAskPermission = 0x1023, kTileData = 18;
     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-           __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+           __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("gfni") &&
+           syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
 #else
     return false;
 #endif

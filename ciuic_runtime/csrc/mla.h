@@ -92,6 +92,30 @@ inline void mla_expanded(Context c, const MlaWeights& w, const Batch& batch, con
     });
 }
 
+// Queries [heads][kv_rank + rope] of a token with `context` positions meet the blocks [first, last) of its latents.
+inline void absorbed_span(Context c, int thread, const MlaWeights& w, const uint16_t* cache, const Sequence& s,
+                          const float* q, int64_t heads, int64_t first, int64_t last, int64_t context, Running* state,
+                          float* out) {
+    const int64_t width = w.kv_rank + w.rope;
+#if defined(__AMX_INT8__)
+    AmxLatents memory(c.pool->scratch(thread, AmxLatents::nbytes(width, w.kv_rank)), width, w.kv_rank);
+    amx_attend(memory, q, heads, cache, s, w.scale, first, last, context, state, out);
+#else
+    const int64_t wide_ld = round_up(width, 16);
+    // Values are the first columns of the widened entries.
+    KeyValues kv{static_cast<float*>(c.pool->scratch(thread, kBlock * (width + wide_ld) * sizeof(float))), nullptr, width,
+                 round_up(w.kv_rank, 16), wide_ld};
+    kv.values = kv.keys + kBlock * width;
+    attend(q, width, heads, kv, w.scale, first, last, [&](int64_t) { return context - 1; },
+           [&](int64_t block, int64_t positions) {
+               latents_of(cache, width, s, block, positions, width, 0, kv.values, wide_ld);
+               std::memset(kv.values + positions * wide_ld, 0, (kBlock - positions) * wide_ld * sizeof(float));
+               turn_keys(kv.values, wide_ld, positions, width, kv.keys);
+           },
+           state, out);
+#endif
+}
+
 // Generated tokens of the sequences.
 inline void mla_absorbed(Context c, const MlaWeights& w, const Batch& batch, const uint16_t* cache, const float* q,
                          float* mixed) {
@@ -125,46 +149,35 @@ inline void mla_absorbed(Context c, const MlaWeights& w, const Batch& batch, con
     });
     // Step 3: attention of some heads of a token over spans of its latents, each span for itself; then spans are merged in
     // order.
-    int64_t longest = 0;
+    int64_t spans = 0;  // of whichever token has most
     int64_t* position_of = c.arena->take<int64_t>(count);
     const Sequence** sequence_of = c.arena->take<const Sequence*>(count);
     for (int64_t i = 0, at = 0; i < batch.num_sequences; ++i) {
         const Sequence& s = batch.sequences[i];
         for (int64_t t = 0; !s.prompt && t < s.length; ++t, ++at) {
             position_of[at] = s.position + t, sequence_of[at] = &s;
-            longest = position_of[at] + 1 > longest ? position_of[at] + 1 : longest;
+            spans = spans_of(position_of[at] + 1) > spans ? spans_of(position_of[at] + 1) : spans;
         }
     }
-    const int64_t spans = (longest + kSpanBlocks * kBlock - 1) / (kSpanBlocks * kBlock);
     // All heads read a block that was turned round once; fewer heads at a time only where threads would go idle.
     int64_t group = w.heads < 16 ? w.heads : 16;
-    while (group > 4 && count * spans * ((w.heads + group - 1) / group) < c.pool->threads()) group = (group + 1) / 2;
+    while (!kAmx && group > 4 && count * spans * ((w.heads + group - 1) / group) < c.pool->threads()) group = (group + 1) / 2;
     const int64_t groups = (w.heads + group - 1) / group;
     float* latent = c.arena->take<float>(count * spans * w.heads * rank_ld);
     Running* states = c.arena->take<Running>(count * spans * w.heads);
     parallel(c, count * spans * groups, [&](int64_t unit, int thread) {
         const int64_t i = unit / (spans * groups), span = unit / groups % spans, head = unit % groups * group;
-        const int64_t heads = w.heads - head < group ? w.heads - head : group, first = span * kSpanBlocks;
-        if (first * kBlock > position_of[i]) return;
-        const Sequence& s = *sequence_of[i];
-        const int64_t wide_ld = round_up(width, 16), at = (i * spans + span) * w.heads + head;
-        // Values are the first columns of the widened entries.
-        KeyValues kv{static_cast<float*>(c.pool->scratch(thread, kBlock * (width + wide_ld) * sizeof(float))), nullptr, width,
-                     rank_ld, wide_ld};
-        kv.values = kv.keys + kBlock * width;
-        attend(absorbed + (row_of[i] * w.heads + head) * width, width, heads, kv, w.scale, first, first + kSpanBlocks,
-               [&](int64_t) { return position_of[i]; },
-               [&](int64_t block, int64_t positions) {
-                   latents_of(cache, width, s, block, positions, width, 0, kv.values, wide_ld);
-                   std::memset(kv.values + positions * wide_ld, 0, (kBlock - positions) * wide_ld * sizeof(float));
-                   turn_keys(kv.values, wide_ld, positions, width, kv.keys);
-               },
-               states + at, latent + at * rank_ld);
+        const int64_t heads = w.heads - head < group ? w.heads - head : group, context = position_of[i] + 1;
+        if (span >= spans_of(context)) return;
+        const int64_t first = span * span_blocks(context), last = first + span_blocks(context);
+        const int64_t at = (i * spans + span) * w.heads + head;
+        absorbed_span(c, thread, w, cache, *sequence_of[i], absorbed + (row_of[i] * w.heads + head) * width, heads, first,
+                      last, context, states + at, latent + at * rank_ld);
     });
     const auto latent_of = [&](int64_t i, int64_t h) {
         const int64_t first = i * spans * w.heads + h;
         float* whole = latent + first * rank_ld;
-        for (int64_t span = 1; span < spans && span * kSpanBlocks * kBlock <= position_of[i]; ++span) {
+        for (int64_t span = 1; span < spans_of(position_of[i] + 1); ++span) {
             const int64_t at = first + span * w.heads;
             merge(states + first, whole, states[at], latent + at * rank_ld, rank_ld);
         }

@@ -135,22 +135,22 @@ inline void add_group_rows(const uint8_t* const* bytes, const F* ws, bool nibble
     for (; rows >= 1; --rows, ++row) add_group<1, kTiles>(bytes, ws, nibbles, x, g, row, block, column);
 }
 
-#if defined(__AMX_INT8__)
-#include "amx.h"
-#else
-constexpr bool kAmx = false;
-inline void amx_tiles(const Matrix&, const Rows&, int64_t, int64_t, int64_t, float*, int64_t, uint8_t*) {}
-inline void amx_bf16_product(const Matrix&, const Rows&, int64_t, int64_t, int64_t, float*, int64_t, uint8_t*) {}
-#endif
-
 constexpr int64_t kStreamRows = 4;    // up to here weights are streamed through registers
 constexpr int64_t kRowBlock = 128;    // rows that meet a group's bytes while both are in the nearest cache
 constexpr int64_t kChunkTiles = 8;    // tiles of a chunk of the second path
 
+#if defined(__AMX_INT8__)
+#include "amx.h"
+#else
+constexpr bool kAmx = false;
+inline void amx_tiles(const Matrix&, const Rows&, int64_t, int64_t, int64_t, float*, int64_t) {}
+inline void amx_bf16_product(const Matrix&, const Rows&, int64_t, int64_t, int64_t, float*, int64_t, uint8_t*) {}
+#endif
+
 // What product() uses of its thread's scratch memory, from the start on.
 inline size_t block_scratch(const Matrix& w, int64_t rows) {
     if (!w.tiled()) return kTileRows * w.row_bytes();
-    if (kAmx) return kTileRows * kGroup * w.groups();
+    if (kAmx) return 0;
     const int64_t kept = rows > kRowBlock ? w.groups() : 1;
     return kChunkTiles * (kGroup * kTileRows * kept + kRowBlock * kTileRows * sizeof(float)) + 4096;
 }
@@ -295,10 +295,7 @@ inline void product(Context c, int thread, const Matrix& w, const Rows& x, int64
     if (rows == 2) return stream_tiles<2>(w, x, n0, n1, out, ld);
     if (rows == 3) return stream_tiles<3>(w, x, n0, n1, out, ld);
     if (rows == 4) return stream_tiles<4>(w, x, n0, n1, out, ld);
-    if (kAmx) {
-        uint8_t* bytes = static_cast<uint8_t*>(c.pool->scratch(thread, block_scratch(w, rows)));
-        return amx_tiles(w, x, rows, n0, n1, out, ld, bytes);
-    }
+    if (kAmx) return amx_tiles(w, x, rows, n0, n1, out, ld);
     for (int64_t n = n0; n < n1; n += kChunkTiles * kTileRows) {
         const int64_t end = n + kChunkTiles * kTileRows < n1 ? n + kChunkTiles * kTileRows : n1;
         block_tiles(c, thread, w, x, rows, n, end, out + n - n0, ld);

@@ -3,6 +3,8 @@
 //
 // `dot4` adds to 16 int32 sums the products of four unsigned bytes each with four signed bytes that all lanes share.
 
+#define CIUIC_INLINE inline __attribute__((always_inline))
+
 #if defined(__AVX512F__)
 
 struct F { __m512 v; };

@@ -144,6 +144,7 @@ class Mla:
         interleaved: bool = True, biased: bool = False, seed: int = 0,
     ) -> None:  # fmt: skip
         self.sizes, self.hidden, self.entry, self.layout = (heads, nope, rope, value, rank), hidden, rank + rope, layout
+        self.results = heads * value
         precise, none = PRECISE.get(layout, layout), native.Matrix.none()
         self.q = self.q_a = self.q_b = None
         if q_rank is None:
@@ -243,6 +244,7 @@ class Gqa:
         biased: bool = False, seed: int = 0,
     ) -> None:  # fmt: skip
         self.sizes, self.hidden, self.entry, self.layout = (heads, kv_heads, dim), hidden, 2 * kv_heads * dim, layout
+        self.results = heads * dim
         self.q = draw_weight(layout, heads * dim, hidden, seed, 2.0)
         self.k = draw_weight(layout, kv_heads * dim, hidden, seed + 1, 2.0)
         self.v = draw_weight(layout, kv_heads * dim, hidden, seed + 2)

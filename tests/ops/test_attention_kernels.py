@@ -28,9 +28,10 @@ from kernel_cases import (
 pytestmark = native_only
 BLOCKS = 16
 # Of a row's norm. Beside float32's own rounding there are values that are rounded once more on the way (the query's
-# latent, what attention gives): a few of them fall to the other side of a tie.
-ROUNDING = {"f32-rows": 1e-5, "bf16-rows": 2e-3, "w8g128-t16": 1e-2, "w4g128-t16": 1e-2}
-UNROUNDED = {"f32-rows": 1e-5, "bf16-rows": 0.03, "w8g128-t16": 0.15, "w4g128-t16": 0.15}
+# latent, what attention gives): a few of them fall to the other side of a tie. AMX reads float32 queries and softmax
+# weights as two bfloat16 parts, to 2^-17 of each.
+ROUNDING = {"f32-rows": 5e-5, "bf16-rows": 2e-3, "w8g128-t16": 1e-2, "w4g128-t16": 1e-2}
+UNROUNDED = {"f32-rows": 5e-5, "bf16-rows": 0.03, "w8g128-t16": 0.15, "w4g128-t16": 0.15}
 
 MAKERS: dict[str, Callable[[str], Layer]] = {
     "mla": lambda layout: Mla(layout, 4, 16, 8, 16, 32, None, 64),
@@ -76,7 +77,8 @@ def check(layer: Layer, run: Run, what: str) -> None:
         got = run.out[i].double()
         # One place of bfloat16, or the rounding of what cancelled.
         assert ((entries.double() - made).abs() <= made.abs() * 2.0**-8 + made.abs().amax(1, keepdim=True) * 1e-5).all()
-        for other, allowed in ((expected, ROUNDING), (plain, UNROUNDED)):
+        # Rounding is small beside what many values come to; one or two may come to nothing.
+        for other, allowed in ((expected, ROUNDING), (plain, UNROUNDED))[: 2 if layer.results >= 16 else 1]:
             error = ((got - other).norm(dim=1) / size).nan_to_num(nan=float("inf"))
             assert error.max() <= allowed[layer.layout], f"{what}: {error.max():.1e} at token {int(error.argmax())}"
     assert run.untouched(), f"{what}: other sequences' blocks were written to"
