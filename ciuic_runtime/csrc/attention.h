@@ -3,7 +3,7 @@
 
 constexpr int64_t kBlock = kBlockTokens;
 constexpr int64_t kAllBlocks = INT64_MAX;
-constexpr int64_t kSpanBlocks = kAmx ? 2 : 4;  // of a long context that one thread takes on
+constexpr int64_t kSpanBlocks = 4;  // of a long context that one thread takes on
 constexpr int64_t kMostSpans = 32;
 
 // A context is cut by its own length alone, so that its bits depend on nothing else.

@@ -99,7 +99,8 @@ inline void absorbed_span(Context c, int thread, const MlaWeights& w, const uint
     const int64_t width = w.kv_rank + w.rope;
 #if defined(__AMX_INT8__)
     AmxLatents memory(c.pool->scratch(thread, AmxLatents::nbytes(width, w.kv_rank)), width, w.kv_rank);
-    amx_attend(memory, q, heads, cache, s, w.scale, first, last, context, state, out);
+    amx_attend(memory, q, heads, cache, s, w.scale, first, last, context, state, out,
+               round_up(w.kv_rank, 16));
 #else
     const int64_t wide_ld = round_up(width, 16);
     // Values are the first columns of the widened entries.
