@@ -6,27 +6,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "floats.h"
+
 namespace nb = nanobind;
 
-#if defined(__GNUC__) || defined(__clang__)
-#define CIUIC_INLINE inline __attribute__((always_inline))
-#else
-#define CIUIC_INLINE inline
-#endif
+using ciuic::as_bits;
+using ciuic::as_float;
 
 namespace {
-
-CIUIC_INLINE float as_float(uint32_t bits) {
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-
-CIUIC_INLINE uint32_t as_bits(float f) {
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    return bits;
-}
 
 // Four bits of exponent (bias 7), three of mantissa, no infinities; all ones is NaN. Both readings are computed and one
 // is masked out: a choice between them would keep compilers from vectorising, as the conversion might trap.
@@ -45,11 +32,7 @@ struct ToFloat32 {
 
 struct ToBFloat16 {
     using type = uint16_t;
-    // Round to nearest, ties to even; NaN stays NaN.
-    static CIUIC_INLINE uint16_t store(float f) {
-        const uint32_t bits = as_bits(f), rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-        return static_cast<uint16_t>(((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : rounded) >> 16);
-    }
+    static CIUIC_INLINE uint16_t store(float f) { return ciuic::to_bfloat16(f); }
 };
 
 template <class To>

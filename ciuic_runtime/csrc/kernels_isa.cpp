@@ -14,6 +14,7 @@
 #include <unistd.h>
 #endif
 
+#include "floats.h"
 #include "kernels.h"
 
 #define CIUIC_JOIN(a, b) a##b

@@ -12,34 +12,22 @@
 #include <string>
 #include <vector>
 
+#include "floats.h"
+
 namespace nb = nanobind;
 
-#if defined(__GNUC__) || defined(__clang__)
-#define CIUIC_INLINE inline __attribute__((always_inline))
-#else
-#define CIUIC_INLINE inline
-#endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CIUIC_DISPATCH 1
 #endif
+
+using ciuic::as_bits;
+using ciuic::as_float;
 
 namespace {
 
 constexpr int kGroup = 128, kTileRows = 16, kQuad = 4;
 constexpr int64_t kPartAlign = 64;  // bytes
 constexpr uint32_t kInfinity = 0x7f800000u, kMagnitude = 0x7fffffffu;
-
-CIUIC_INLINE float as_float(uint32_t bits) {
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-
-CIUIC_INLINE uint32_t as_bits(float f) {
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    return bits;
-}
 
 // Round to nearest, ties to even, subnormals included; what is too large becomes infinity.
 CIUIC_INLINE uint16_t to_half(float f) {

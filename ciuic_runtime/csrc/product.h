@@ -152,7 +152,7 @@ inline size_t block_scratch(const Matrix& w, int64_t rows) {
     if (!w.tiled()) return kTileRows * w.row_bytes();
     if (kAmx) return 0;
     const int64_t kept = rows > kRowBlock ? w.groups() : 1;
-    return kChunkTiles * (kGroup * kTileRows * kept + kRowBlock * kTileRows * sizeof(float)) + 4096;
+    return kChunkTiles * (kGroup * kTileRows * kept + kRowBlock * kTileRows * sizeof(float));
 }
 
 // Up to kChunkTiles tiles, any number of rows.
@@ -197,9 +197,9 @@ inline void block_tiles(Context c, int thread, const Matrix& w, const Rows& x, i
 // Rows of bf16 or float32: 16 partial sums per output, added at the end in a fixed order.
 template <class T, int kOut, int kRows>
 inline void dot_rows(const typename T::weight* w, int64_t columns, const typename T::input* x, float* out, int64_t ld) {
-    typename T::sum acc[kOut][kRows];
+    F acc[kOut][kRows];
     for (auto& o : acc)
-        for (auto& a : o) a = T::zero();
+        for (auto& a : o) a = zero();
     int64_t k = 0;
     for (; k + T::kWidth <= columns; k += T::kWidth) {
         typename T::vector xv[kRows];
@@ -223,9 +223,7 @@ struct Float32Dot {
     using weight = float;
     using input = float;
     using vector = F;
-    using sum = F;
     static constexpr int64_t kWidth = 16;
-    static F zero() { return set1(0.0f); }
     static F load_weight(const float* p) { return load(p); }
     static F load_weight_n(const float* p, int64_t n) { return load_n(p, n); }
     static F load_input(const float* p) { return load(p); }
@@ -238,9 +236,7 @@ struct BFloat16Dot {
     using weight = uint16_t;
     using input = uint16_t;
     using vector = __m512i;
-    using sum = F;
     static constexpr int64_t kWidth = 32;
-    static F zero() { return set1(0.0f); }
     static __mmask32 mask(int64_t n) { return static_cast<__mmask32>((uint64_t(1) << n) - 1); }
     static __m512i load_weight(const uint16_t* p) { return _mm512_loadu_si512(p); }
     static __m512i load_weight_n(const uint16_t* p, int64_t n) { return _mm512_maskz_loadu_epi16(mask(n), p); }
@@ -253,9 +249,7 @@ struct BFloat16Dot {
     using weight = uint16_t;
     using input = uint16_t;
     using vector = F;
-    using sum = F;
     static constexpr int64_t kWidth = 16;
-    static F zero() { return set1(0.0f); }
     static F load_weight(const uint16_t* p) { return load_bf16(p); }
     static F load_weight_n(const uint16_t* p, int64_t n) { return load_bf16_n(p, n); }
     static F load_input(const uint16_t* p) { return load_bf16(p); }

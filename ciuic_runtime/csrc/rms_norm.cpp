@@ -4,7 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+#include "floats.h"
 
 namespace nb = nanobind;
 
@@ -21,19 +21,8 @@ struct Float32 {
 
 struct BFloat16 {
     using type = uint16_t;
-    static float load(uint16_t v) {
-        uint32_t bits = static_cast<uint32_t>(v) << 16;
-        float f;
-        std::memcpy(&f, &bits, 4);
-        return f;
-    }
-    // Round to nearest, ties to even; NaN stays NaN.
-    static uint16_t store(float f) {
-        uint32_t bits;
-        std::memcpy(&bits, &f, 4);
-        if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-        return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-    }
+    static float load(uint16_t v) { return ciuic::from_bfloat16(v); }
+    static uint16_t store(float f) { return ciuic::to_bfloat16(f); }
     static float round(float f) { return load(store(f)); }
 };
 

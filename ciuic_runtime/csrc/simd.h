@@ -3,8 +3,6 @@
 //
 // `dot4` adds to 16 int32 sums the products of four unsigned bytes each with four signed bytes that all lanes share.
 
-#define CIUIC_INLINE inline __attribute__((always_inline))
-
 #if defined(__AVX512F__)
 
 struct F { __m512 v; };
@@ -207,18 +205,6 @@ inline F scale2(F a, F n) {
     }
     return a;
 }
-inline float widen_bf16(uint16_t h) {
-    const uint32_t bits = static_cast<uint32_t>(h) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-inline uint16_t narrow_bf16(float f) {
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    if (f != f) return static_cast<uint16_t>((bits | 0x400000u) >> 16);
-    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 inline float widen_f16(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, rest = h & 0x7fffu;
     uint32_t bits = rest << 13;
@@ -233,9 +219,9 @@ inline float widen_f16(uint16_t h) {
     std::memcpy(&f, &bits, 4);
     return f;
 }
-inline F load_bf16(const uint16_t* p) { F r; CIUIC_LANES r.v[i] = widen_bf16(p[i]); return r; }
+inline F load_bf16(const uint16_t* p) { F r; CIUIC_LANES r.v[i] = from_bfloat16(p[i]); return r; }
 inline F load_f16(const uint16_t* p) { F r; CIUIC_LANES r.v[i] = widen_f16(p[i]); return r; }
-inline void store_bf16(uint16_t* p, F a) { CIUIC_LANES p[i] = narrow_bf16(a.v[i]); }
+inline void store_bf16(uint16_t* p, F a) { CIUIC_LANES p[i] = to_bfloat16(a.v[i]); }
 
 inline F select_negative(F n, F a, F b) { CIUIC_LANES a.v[i] = n.v[i] < 0.0f ? a.v[i] : b.v[i]; return a; }
 

@@ -11,8 +11,6 @@ from ciuic_runtime.models.graph import PREFILL_CHUNK
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.workload import Workload
 
-_LIMITS = {"max_model_len": 2**31, "max_num_seqs": 2**20, "threads": 4096, "prefill_chunk": 2**20}
-
 
 @dataclass(frozen=True)
 class RuntimeConfig:

@@ -65,7 +65,7 @@ class NativeForward:
             case "embedding":
                 return self._embedding(page)
             case "norm":
-                return self._final_norm(page) if task.layer is None else self._norm(page)
+                return self._norm(page, last=task.layer is None)
             case "attention":
                 assert task.layer is not None
                 return self._mla(task.layer, page) if self.spec.mla else self._grouped_query(task.layer, page)
@@ -118,28 +118,18 @@ class NativeForward:
 
         return keeping(page, embedding)
 
-    def _norm(self, page: NativePage) -> TaskFunction:
+    def _norm(self, page: NativePage, last: bool) -> TaskFunction:
+        """RMSNorm; the last one takes only the rows whose logits are wanted."""
         weight, hidden, eps = page.address("weight"), self.spec.hidden_size, self.spec.rms_norm_eps
-        run = self.operators.rms_norm
+        run, name = self.operators.rms_norm, "final" if last else "normed"
 
         def norm(p: NativePass, x: torch.Tensor) -> torch.Tensor:
-            out = self.buffers.get("normed", p.rows, hidden)
-            run(x.data_ptr(), weight, p.rows, hidden, eps, out.data_ptr())
-            return out
-
-        return keeping(page, norm)
-
-    def _final_norm(self, page: NativePage) -> TaskFunction:
-        weight, hidden, eps = page.address("weight"), self.spec.hidden_size, self.spec.rms_norm_eps
-        run = self.operators.rms_norm
-
-        def final_norm(p: NativePass, x: torch.Tensor) -> torch.Tensor:
-            wanted = x if p.selected is None else x[p.selected]
-            out = self.buffers.get("final", wanted.shape[0], hidden)
+            wanted = x[p.selected] if last and p.selected is not None else x
+            out = self.buffers.get(name, wanted.shape[0], hidden)
             run(wanted.data_ptr(), weight, wanted.shape[0], hidden, eps, out.data_ptr())
             return out
 
-        return keeping(page, final_norm)
+        return keeping(page, norm)
 
     def _head(self, page: NativePage) -> TaskFunction:
         # A packed page of tied embeddings has the head beside the table.
