@@ -179,76 +179,114 @@ inline I dot4_centred(I sum, Bytes w, const int8_t* x) {
 
 #else
 
-// Plain loops, which compilers turn into whatever vectors there are.
-#define CIUIC_LANES for (int i = 0; i < 16; ++i)
-struct F { float v[16]; };
-struct I { int32_t v[16]; };
+// Four vectors of four lanes in the compiler's own vector types: SSE2 on any x86-64, NEON on any aarch64.
+typedef float V4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+typedef uint32_t U4 __attribute__((vector_size(16)));
+typedef uint16_t H4 __attribute__((vector_size(8)));
+typedef int16_t S8 __attribute__((vector_size(16)));
 
-inline F set1(float x) { F r; CIUIC_LANES r.v[i] = x; return r; }
+struct F { V4 v[4]; };
+struct I { I4 v[4]; };
+#define CIUIC_EACH for (int i = 0; i < 4; ++i)
+
+inline F set1(float x) { F r; CIUIC_EACH r.v[i] = V4{x, x, x, x}; return r; }
 inline F zero() { return set1(0.0f); }
-inline F load(const float* p) { F r; std::memcpy(r.v, p, 64); return r; }
-inline void store(float* p, F a) { std::memcpy(p, a.v, 64); }
-inline F operator+(F a, F b) { CIUIC_LANES a.v[i] += b.v[i]; return a; }
-inline F operator-(F a, F b) { CIUIC_LANES a.v[i] -= b.v[i]; return a; }
-inline F operator*(F a, F b) { CIUIC_LANES a.v[i] *= b.v[i]; return a; }
-inline F operator/(F a, F b) { CIUIC_LANES a.v[i] /= b.v[i]; return a; }
-inline F fma(F a, F b, F c) { CIUIC_LANES a.v[i] = a.v[i] * b.v[i] + c.v[i]; return a; }
-inline F max(F a, F b) { CIUIC_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
-inline F min(F a, F b) { CIUIC_LANES a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
-inline F round(F a) { CIUIC_LANES a.v[i] = __builtin_rintf(a.v[i]); return a; }
+inline F load(const float* p) { F r; CIUIC_EACH std::memcpy(&r.v[i], p + 4 * i, 16); return r; }
+inline void store(float* p, F a) { CIUIC_EACH std::memcpy(p + 4 * i, &a.v[i], 16); }
+inline F operator+(F a, F b) { CIUIC_EACH a.v[i] += b.v[i]; return a; }
+inline F operator-(F a, F b) { CIUIC_EACH a.v[i] -= b.v[i]; return a; }
+inline F operator*(F a, F b) { CIUIC_EACH a.v[i] *= b.v[i]; return a; }
+inline F operator/(F a, F b) { CIUIC_EACH a.v[i] /= b.v[i]; return a; }
+inline F fma(F a, F b, F c) { CIUIC_EACH a.v[i] = a.v[i] * b.v[i] + c.v[i]; return a; }
+inline F max(F a, F b) { CIUIC_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
+inline F min(F a, F b) { CIUIC_EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
+// Ties to even, for magnitudes below 2^22: adding 1.5 x 2^23 leaves no bits for a fraction.
+inline F round(F a) { CIUIC_EACH a.v[i] = (a.v[i] + 12582912.0f) - 12582912.0f; return a; }
+inline I to_int(F a) { a = round(a); I r; CIUIC_EACH r.v[i] = __builtin_convertvector(a.v[i], I4); return r; }
+inline F to_float(I a) { F r; CIUIC_EACH r.v[i] = __builtin_convertvector(a.v[i], V4); return r; }
 inline F scale2(F a, F n) {
-    CIUIC_LANES {
-        const uint32_t power = static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23;
-        float f;
-        std::memcpy(&f, &power, 4);
-        a.v[i] *= f;
-    }
+    const I power = to_int(n);
+    CIUIC_EACH a.v[i] *= (V4)((power.v[i] + 127) << 23);
     return a;
 }
-inline float widen_f16(uint16_t h) {
-    const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, rest = h & 0x7fffu;
-    uint32_t bits = rest << 13;
-    float f;
-    if (rest >= 0x7c00u) bits |= 0x7f800000u;  // infinite or not a number
-    else {
-        std::memcpy(&f, &bits, 4);
-        f *= 0x1p112f;  // moves the exponent over; subnormals come out right too
-        std::memcpy(&bits, &f, 4);
-    }
-    bits |= sign;
-    std::memcpy(&f, &bits, 4);
-    return f;
+inline U4 load_halves(const uint16_t* p) {
+    H4 h;
+    std::memcpy(&h, p, 8);
+    return __builtin_convertvector(h, U4);
 }
-inline F load_bf16(const uint16_t* p) { F r; CIUIC_LANES r.v[i] = from_bfloat16(p[i]); return r; }
-inline F load_f16(const uint16_t* p) { F r; CIUIC_LANES r.v[i] = widen_f16(p[i]); return r; }
-inline void store_bf16(uint16_t* p, F a) { CIUIC_LANES p[i] = to_bfloat16(a.v[i]); }
+// A bfloat16 is the upper half of its float32: halves and zeros in turns (little-endian).
+inline F load_bf16(const uint16_t* p) {
+    F r;
+    for (int i = 0; i < 4; i += 2) {
+        S8 h;
+        std::memcpy(&h, p + 4 * i, 16);
+#if defined(__clang__)
+        r.v[i] = (V4)__builtin_shufflevector(S8{}, h, 0, 8, 1, 9, 2, 10, 3, 11);
+        r.v[i + 1] = (V4)__builtin_shufflevector(S8{}, h, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+        r.v[i] = (V4)__builtin_shuffle(S8{}, h, S8{0, 8, 1, 9, 2, 10, 3, 11});
+        r.v[i + 1] = (V4)__builtin_shuffle(S8{}, h, S8{4, 12, 5, 13, 6, 14, 7, 15});
+#endif
+    }
+    return r;
+}
+inline void store_bf16(uint16_t* p, F a) {
+    CIUIC_EACH {
+        const U4 bits = (U4)a.v[i], rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+        const H4 h = __builtin_convertvector((a.v[i] == a.v[i] ? rounded : bits | 0x400000u) >> 16, H4);
+        std::memcpy(p + 4 * i, &h, 8);
+    }
+}
+// The exponent moves over by a product; subnormals come out right too.
+inline F load_f16(const uint16_t* p) {
+    F r;
+    CIUIC_EACH {
+        const U4 h = load_halves(p + 4 * i), rest = h & 0x7fffu, finite = (U4)((V4)(rest << 13) * 0x1p112f);
+        r.v[i] = (V4)((rest >= 0x7c00u ? rest << 13 | 0x7f800000u : finite) | (h & 0x8000u) << 16);
+    }
+    return r;
+}
+inline F select_negative(F n, F a, F b) { CIUIC_EACH a.v[i] = n.v[i] < 0.0f ? a.v[i] : b.v[i]; return a; }
 
-inline F select_negative(F n, F a, F b) { CIUIC_LANES a.v[i] = n.v[i] < 0.0f ? a.v[i] : b.v[i]; return a; }
-
-inline I iset1(int32_t x) { I r; CIUIC_LANES r.v[i] = x; return r; }
+inline I iset1(int32_t x) { I r; CIUIC_EACH r.v[i] = I4{x, x, x, x}; return r; }
 inline I izero() { return iset1(0); }
-inline I operator+(I a, I b) { CIUIC_LANES a.v[i] += b.v[i]; return a; }
-inline I operator-(I a, I b) { CIUIC_LANES a.v[i] -= b.v[i]; return a; }
-inline I operator&(I a, I b) { CIUIC_LANES a.v[i] &= b.v[i]; return a; }
-inline I umax(I a, I b) { CIUIC_LANES a.v[i] = uint32_t(a.v[i]) > uint32_t(b.v[i]) ? a.v[i] : b.v[i]; return a; }
-inline I bits(F a) { I r; std::memcpy(r.v, a.v, 64); return r; }
-inline F as_float(I a) { F r; std::memcpy(r.v, a.v, 64); return r; }
-inline F to_float(I a) { F r; CIUIC_LANES r.v[i] = static_cast<float>(a.v[i]); return r; }
-inline I to_int(F a) { I r; CIUIC_LANES r.v[i] = static_cast<int32_t>(__builtin_rintf(a.v[i])); return r; }
-inline I load_i(const int32_t* p) { I r; std::memcpy(r.v, p, 64); return r; }
-inline void store_i(int32_t* p, I a) { std::memcpy(p, a.v, 64); }
+inline I operator+(I a, I b) { CIUIC_EACH a.v[i] += b.v[i]; return a; }
+inline I operator-(I a, I b) { CIUIC_EACH a.v[i] -= b.v[i]; return a; }
+inline I operator&(I a, I b) { CIUIC_EACH a.v[i] &= b.v[i]; return a; }
+inline I umax(I a, I b) { CIUIC_EACH a.v[i] = (U4)a.v[i] > (U4)b.v[i] ? a.v[i] : b.v[i]; return a; }
+inline I bits(F a) { I r; CIUIC_EACH r.v[i] = (I4)a.v[i]; return r; }
+inline F as_float(I a) { F r; CIUIC_EACH r.v[i] = (V4)a.v[i]; return r; }
+inline I load_i(const int32_t* p) { I r; CIUIC_EACH std::memcpy(&r.v[i], p + 4 * i, 16); return r; }
+inline void store_i(int32_t* p, I a) { CIUIC_EACH std::memcpy(p + 4 * i, &a.v[i], 16); }
 
-struct Bytes { uint8_t v[64]; };
-inline Bytes load_bytes(const uint8_t* p) { Bytes r; std::memcpy(r.v, p, 64); return r; }
-inline void store_bytes(uint8_t* p, Bytes b) { std::memcpy(p, b.v, 64); }
-inline Bytes low_nibbles(Bytes b) { for (auto& x : b.v) x &= 15; return b; }
-inline Bytes high_nibbles(Bytes b) { for (auto& x : b.v) x >>= 4; return b; }
+struct Bytes { U4 v[4]; };  // four bytes of a row in each lane
+inline Bytes load_bytes(const uint8_t* p) { Bytes r; CIUIC_EACH std::memcpy(&r.v[i], p + 16 * i, 16); return r; }
+inline void store_bytes(uint8_t* p, Bytes b) { CIUIC_EACH std::memcpy(p + 16 * i, &b.v[i], 16); }
+inline Bytes low_nibbles(Bytes b) { CIUIC_EACH b.v[i] &= 0x0f0f0f0fu; return b; }
+inline Bytes high_nibbles(Bytes b) { CIUIC_EACH b.v[i] = b.v[i] >> 4 & 0x0f0f0f0fu; return b; }
+// Products of 16 bits (255 x 127 fits), every other byte at a time, added in pairs to 32.
+inline I4 multiply_pairs(I4 sum, S8 w, S8 x) {
+#if defined(__SSE2__)
+    return sum + (I4)_mm_madd_epi16((__m128i)w, (__m128i)x);
+#elif defined(__aarch64__)
+    return (I4)vpadalq_s16((int32x4_t)sum, (int16x8_t)(w * x));
+#else
+    const I4 both = (I4)(w * x);
+    return sum + ((I4)((U4)both << 16) >> 16) + (both >> 16);
+#endif
+}
 inline I dot4(I sum, Bytes w, const int8_t* x) {
-    CIUIC_LANES sum.v[i] += w.v[4 * i] * x[0] + w.v[4 * i + 1] * x[1] + w.v[4 * i + 2] * x[2] + w.v[4 * i + 3] * x[3];
+    const int16_t a = x[0], b = x[1], c = x[2], d = x[3];
+    const S8 even{a, c, a, c, a, c, a, c}, odd{b, d, b, d, b, d, b, d};
+    CIUIC_EACH {
+        sum.v[i] = multiply_pairs(sum.v[i], (S8)(w.v[i] & 0x00ff00ffu), even);
+        sum.v[i] = multiply_pairs(sum.v[i], (S8)(w.v[i] >> 8 & 0x00ff00ffu), odd);
+    }
     return sum;
 }
 constexpr bool kDot4ExactForBytes = true;
-#undef CIUIC_LANES
+#undef CIUIC_EACH
 
 #endif
 

@@ -19,8 +19,6 @@ from ciuic_runtime.ops.packing import pack, unpack
 
 native: Any = kernels()
 SETS: list[str] = [] if native is None else native.instruction_sets()
-if len(SETS) > 1 and os.environ.get("HYPOTHESIS_PROFILE", "gate") == "gate":
-    SETS.remove("portable")  # by far the slowest: `make test-all` has it too
 TILED = ["w4g128-t16", "w8g128-t16"]
 LAYOUTS = [*TILED, "bf16-rows", "f32-rows"]
 PRECISE = {"w4g128-t16": "w8g128-t16"}  # what goes with a layout where precision matters, as in models/layout.py
