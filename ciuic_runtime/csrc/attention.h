@@ -218,12 +218,14 @@ struct Units {
     int64_t count;
 };
 
+constexpr int64_t kMostUnitRows = 512;
+
 // Cuts a batch into units, as large as they can be with a few for every thread.
 inline Units share_out(Context c, const Batch& batch, int64_t heads, bool prompts_only) {
     int64_t rows = 0;
     for (int64_t i = 0; i < batch.num_sequences; ++i) rows += batch.sequences[i].length;
     int64_t most = rows * heads / (4 * c.pool->threads());
-    most = most < 64 ? 64 : most > 512 ? 512 : most;
+    most = most < 64 ? 64 : most > kMostUnitRows ? kMostUnitRows : most;
     Units units{c.arena->take<Unit>(heads * (rows / most + batch.num_sequences)), 0};
     for (int64_t i = 0; i < batch.num_sequences; ++i) {
         const Sequence& s = batch.sequences[i];

@@ -58,7 +58,8 @@ inline void for_rows(Context c, int64_t rows, int64_t values, const Body& body) 
 #include "attention.h"
 #include "gqa.h"
 #if defined(__AMX_INT8__)
-#include "absorbed_amx.h"
+#include "attention_amx.h"
+#include "mla_amx.h"
 #endif
 #include "mla.h"
 

@@ -39,11 +39,63 @@ inline void mla_project(Context c, const MlaWeights& w, const Rope& rope, const 
     });
 }
 
+#if !defined(__AMX_INT8__)  // else in mla_amx.h
+// A head's rows of a prompt meet their context, of which `latents` are made ready; `mixed` [rows, heads, value].
+inline void expanded_unit(Context c, int thread, const MlaWeights& w, const Sequence& s, const Rows& latents, const Unit& u,
+                          const uint16_t* cache, const float* q, float* mixed) {
+    const int64_t qk = w.nope + w.rope, width = w.kv_rank + w.rope, value_ld = round_up(w.value, 16);
+    const int64_t nope_ld = round_up(w.nope, 16), rows = u.rows;
+    const int64_t chunk = block_scratch(w.k_b, kBlock);  // product() uses the start of the thread's scratch
+    const int64_t floats = rows * (value_ld + 2) + kBlock * (qk + 2 * value_ld + nope_ld + w.rope);
+    char* memory = static_cast<char*>(c.pool->scratch(thread, chunk + floats * sizeof(float) + 64));
+    float* result = reinterpret_cast<float*>(memory + chunk);
+    KeyValues kv{result + rows * value_ld, nullptr, qk, value_ld, value_ld};
+    kv.values = kv.keys + qk * kBlock;
+    float *nope = kv.values + kBlock * value_ld, *roped = nope + kBlock * nope_ld;
+    Running* state = reinterpret_cast<Running*>(roped + kBlock * w.rope);
+    std::memset(kv.values, 0, kBlock * value_ld * sizeof(float));
+    const Matrix k_b = w.k_b.at(u.head), v_b = w.v_b.at(u.head);
+    const float* mine = q + ((s.start + u.row) * w.heads + u.head) * qk;
+    attend(mine, w.heads * qk, rows, kv, w.scale, 0, kAllBlocks, [&](int64_t r) { return s.position + u.row + r; },
+           [&](int64_t block, int64_t positions) {
+               const Rows latent = block_of(latents, block * kBlock);
+               product(c, thread, k_b, latent, positions, 0, w.nope, nope, nope_ld);
+               product(c, thread, v_b, latent, positions, 0, w.value, kv.values, value_ld);
+               latents_of(cache, width, s, block, positions, w.rope, w.kv_rank, roped, w.rope);
+               turn_keys(nope, nope_ld, positions, w.nope, kv.keys);
+               turn_keys(roped, w.rope, positions, w.rope, kv.keys + w.nope * kBlock);
+           },
+           state, result);
+    for (int64_t r = 0; r < rows; ++r) {
+        divide_by_sum(state[r], result + r * value_ld, value_ld);
+        std::memcpy(mixed + ((s.start + u.row + r) * w.heads + u.head) * w.value, result + r * value_ld,
+                    w.value * sizeof(float));
+    }
+}
+
+// Queries [heads][kv_rank + rope] of a token with `context` positions meet the blocks [first, last) of its latents.
+inline void absorbed_span(Context c, int thread, const MlaWeights& w, const uint16_t* cache, const Sequence& s,
+                          const float* q, int64_t heads, int64_t first, int64_t last, int64_t context, Running* state,
+                          float* out) {
+    const int64_t width = w.kv_rank + w.rope, wide_ld = round_up(width, 16);
+    // Values are the first columns of the widened entries.
+    KeyValues kv{static_cast<float*>(c.pool->scratch(thread, kBlock * (width + wide_ld) * sizeof(float))), nullptr, width,
+                 round_up(w.kv_rank, 16), wide_ld};
+    kv.values = kv.keys + kBlock * width;
+    attend(q, width, heads, kv, w.scale, first, last, [&](int64_t) { return context - 1; },
+           [&](int64_t block, int64_t positions) {
+               latents_of(cache, width, s, block, positions, width, 0, kv.values, wide_ld);
+               std::memset(kv.values + positions * wide_ld, 0, (kBlock - positions) * wide_ld * sizeof(float));
+               turn_keys(kv.values, wide_ld, positions, width, kv.keys);
+           },
+           state, out);
+}
+#endif
+
 // Prompt tokens of the sequences: a head's keys and values are expanded block by block, for all rows of a unit at once.
 inline void mla_expanded(Context c, const MlaWeights& w, const Batch& batch, const uint16_t* cache, const float* q,
                          float* mixed) {
-    const int64_t qk = w.nope + w.rope, width = w.kv_rank + w.rope, value_ld = round_up(w.value, 16);
-    const int64_t nope_ld = round_up(w.nope, 16);
+    const int64_t width = w.kv_rank + w.rope;
     const Units units = share_out(c, batch, w.heads, true);
     // Latents made ready once per sequence, for every head: [context] rows each.
     Rows* latents = c.arena->take<Rows>(batch.num_sequences);
@@ -60,61 +112,10 @@ inline void mla_expanded(Context c, const MlaWeights& w, const Batch& batch, con
                 fill_row(latents[i], block * kBlock + p, 0, w.kv_rank, wide + p * w.kv_rank);
         });
     }
-    const int64_t chunk = block_scratch(w.k_b, kBlock);  // product() uses the start of the thread's scratch
     parallel(c, units.count, [&](int64_t i, int thread) {
-        const Unit u = units.unit[i];
-        const Sequence& s = batch.sequences[u.sequence];
-        const int64_t rows = u.rows;
-        const int64_t floats = rows * (value_ld + 2) + kBlock * (qk + 2 * value_ld + nope_ld + w.rope);
-        char* memory = static_cast<char*>(c.pool->scratch(thread, chunk + floats * sizeof(float) + 64));
-        float* result = reinterpret_cast<float*>(memory + chunk);
-        KeyValues kv{result + rows * value_ld, nullptr, qk, value_ld, value_ld};
-        kv.values = kv.keys + qk * kBlock;
-        float *nope = kv.values + kBlock * value_ld, *roped = nope + kBlock * nope_ld;
-        Running* state = reinterpret_cast<Running*>(roped + kBlock * w.rope);
-        std::memset(kv.values, 0, kBlock * value_ld * sizeof(float));
-        const Matrix k_b = w.k_b.at(u.head), v_b = w.v_b.at(u.head);
-        const float* mine = q + ((s.start + u.row) * w.heads + u.head) * qk;
-        attend(mine, w.heads * qk, rows, kv, w.scale, 0, kAllBlocks, [&](int64_t r) { return s.position + u.row + r; },
-               [&](int64_t block, int64_t positions) {
-                   const Rows latent = block_of(latents[u.sequence], block * kBlock);
-                   product(c, thread, k_b, latent, positions, 0, w.nope, nope, nope_ld);
-                   product(c, thread, v_b, latent, positions, 0, w.value, kv.values, value_ld);
-                   latents_of(cache, width, s, block, positions, w.rope, w.kv_rank, roped, w.rope);
-                   turn_keys(nope, nope_ld, positions, w.nope, kv.keys);
-                   turn_keys(roped, w.rope, positions, w.rope, kv.keys + w.nope * kBlock);
-               },
-               state, result);
-        for (int64_t r = 0; r < rows; ++r) divide_by_sum(state[r], result + r * value_ld, value_ld);
-        for (int64_t r = 0; r < rows; ++r)
-            std::memcpy(mixed + ((s.start + u.row + r) * w.heads + u.head) * w.value, result + r * value_ld,
-                        w.value * sizeof(float));
+        const Unit& u = units.unit[i];
+        expanded_unit(c, thread, w, batch.sequences[u.sequence], latents[u.sequence], u, cache, q, mixed);
     });
-}
-
-// Queries [heads][kv_rank + rope] of a token with `context` positions meet the blocks [first, last) of its latents.
-inline void absorbed_span(Context c, int thread, const MlaWeights& w, const uint16_t* cache, const Sequence& s,
-                          const float* q, int64_t heads, int64_t first, int64_t last, int64_t context, Running* state,
-                          float* out) {
-    const int64_t width = w.kv_rank + w.rope;
-#if defined(__AMX_INT8__)
-    AmxLatents memory(c.pool->scratch(thread, AmxLatents::nbytes(width, w.kv_rank)), width, w.kv_rank);
-    amx_attend(memory, q, heads, cache, s, w.scale, first, last, context, state, out,
-               round_up(w.kv_rank, 16));
-#else
-    const int64_t wide_ld = round_up(width, 16);
-    // Values are the first columns of the widened entries.
-    KeyValues kv{static_cast<float*>(c.pool->scratch(thread, kBlock * (width + wide_ld) * sizeof(float))), nullptr, width,
-                 round_up(w.kv_rank, 16), wide_ld};
-    kv.values = kv.keys + kBlock * width;
-    attend(q, width, heads, kv, w.scale, first, last, [&](int64_t) { return context - 1; },
-           [&](int64_t block, int64_t positions) {
-               latents_of(cache, width, s, block, positions, width, 0, kv.values, wide_ld);
-               std::memset(kv.values + positions * wide_ld, 0, (kBlock - positions) * wide_ld * sizeof(float));
-               turn_keys(kv.values, wide_ld, positions, width, kv.keys);
-           },
-           state, out);
-#endif
 }
 
 // Generated tokens of the sequences.
