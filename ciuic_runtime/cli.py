@@ -77,7 +77,7 @@ ScheduleOption = Annotated[
     Path | None, typer.Option("--schedule", metavar="FILE.json", help="a saved schedule to carry out")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="default: the cores this process may use")]
-Kernels = Annotated[str, typer.Option("--kernels", help="auto, amx, avx512, avx2, portable or reference")]
+Kernels = Annotated[str, typer.Option("--kernels", help="auto, amx, avx512, avx512vnni, avx2, portable or reference")]
 Context = Annotated[int | None, typer.Option("--context", help="positions per sequence: prompt and new tokens")]
 
 

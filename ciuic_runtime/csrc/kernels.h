@@ -143,6 +143,7 @@ struct Kernels {
 // Null where this build or this processor lacks the set.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
+const Kernels* avx512vnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* amx_kernels();
 

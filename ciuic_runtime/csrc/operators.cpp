@@ -32,7 +32,7 @@ struct Candidate {
 const std::vector<Candidate>& candidates() {
     static const std::vector<Candidate> all = {
 #if defined(CIUIC_X86_64)
-        {"amx", amx_kernels}, {"avx512", avx512_kernels}, {"avx2", avx2_kernels},
+        {"amx", amx_kernels}, {"avx512", avx512_kernels}, {"avx512vnni", avx512vnni_kernels}, {"avx2", avx2_kernels},
 #endif
         {"portable", portable_kernels},
     };

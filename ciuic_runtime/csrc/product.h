@@ -38,7 +38,7 @@ inline I group_sum(const uint8_t* w, const int8_t* x, int32_t zero_sum) {
     return (a + b) + (c + d) - iset1(zero_sum);
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+constexpr int64_t kStreamAhead = 8192;  // bytes asked for, into the second cache, before they are wanted
 
 // Path 1, few rows: weights go from memory straight through the registers, once for all kRows of them.
 template <bool kNibbles, int kRows>
@@ -50,7 +50,7 @@ inline void stream_tile(const Matrix& w, int64_t tile, const Rows& x, F* out) {
     F acc[kRows];
     for (F& a : acc) a = zero();
     for (int64_t g = 0, groups = w.groups(); g < groups; ++g, q += kBytes) {
-        for (int64_t i = 0; i < kBytes; i += 64) prefetch(q + i + 4096);
+        for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(q + i + kStreamAhead, 0, 2);
         const F ws = load_f16(scales + g * kTileRows);
         for (int r = 0; r < kRows; ++r) {
             const int64_t at = g * x.stride + r;

@@ -13,7 +13,8 @@ from ciuic_runtime.ops.native import REFERENCE, instruction_set, kernels
 # Best first; what each is, and what a processor needs for it.
 INSTRUCTION_SETS = {
     "amx": ("tiles of 8-bit integers", "AMX-INT8 (and Linux)"),
-    "avx512": ("AVX-512 with VNNI", "AVX-512 with VNNI and BF16"),
+    "avx512": ("AVX-512 with VNNI and BF16", "AVX-512 with VNNI and BF16"),
+    "avx512vnni": ("AVX-512 with VNNI", "AVX-512 with VNNI"),
     "avx2": ("AVX2", "AVX2, FMA and F16C"),
     "portable": ("plain C++", "nothing special"),
 }
