@@ -258,11 +258,12 @@ inline void amx_bf16_product(const Matrix& w, const Rows& x, int64_t rows, int64
     constexpr int kMost = 3;
     alignas(64) uint8_t tails[kMost][1024] = {};  // columns beyond the last stay zero
     alignas(64) float sums[kMost][256];
+    const int most = rows <= kPairRows ? 1 : kMost;  // read once from memory, in as few streams as can be
     const int64_t stride = w.columns * 2, whole = w.columns / kPairColumns * kPairColumns;
-    for (int64_t n = n0; n < n1; n += kMost * 16) {
+    for (int64_t n = n0; n < n1; n += most * 16) {
         const uint8_t* from[kMost];
         int blocks = 0;
-        for (; blocks < kMost && n + blocks * 16 < n1; ++blocks) {
+        for (; blocks < most && n + blocks * 16 < n1; ++blocks) {
             const int64_t first = n + blocks * 16, here = n1 - first < 16 ? n1 - first : 16;
             from[blocks] = w.data + first * stride;
             if (w.rows - first < 16) {
