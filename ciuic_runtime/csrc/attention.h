@@ -79,6 +79,14 @@ inline void widen_row(const uint16_t* from, int64_t n, float* to) {
     if (i < n) store_n(to + i, load_bf16_n(from + i, n - i), n - i);
 }
 
+// Columns [offset, offset + take) of a block's cache entries, widened to float32, `ld` floats from one to
+// the next.
+inline void latents_of(const uint16_t* cache, int64_t width, const Sequence& s, int64_t block, int64_t positions,
+                       int64_t take, int64_t offset, float* to, int64_t ld) {
+    const uint16_t* from = cache + s.blocks[block] * kBlock * width + offset;
+    for (int64_t p = 0; p < positions; ++p) widen_row(from + p * width, take, to + p * ld);
+}
+
 // out[kRows][16 kWide] (ld floats from row to row) = a [kRows][depth] times b [depth][16 kWide], in order of depth; added
 // to what is there where `add`.
 template <int kRows, int kWide>

@@ -2,13 +2,6 @@
 // keys and values of a block are made from its latents, head by head, and never kept. Generated tokens are computed in
 // the absorbed form: the expansion moves to the query and behind the attention, and all heads share the latent row.
 
-// Columns [offset, offset + take) of a block's cache entries, widened to float32.
-inline void latents_of(const uint16_t* cache, int64_t width, const Sequence& s, int64_t block, int64_t positions,
-                         int64_t take, int64_t offset, float* to, int64_t ld) {
-    const uint16_t* from = cache + s.blocks[block] * kBlock * width + offset;
-    for (int64_t p = 0; p < positions; ++p) widen_row(from + p * width, take, to + p * ld);
-}
-
 // Step 1: queries, and the latent and rotated key of every token to the cache.
 inline void mla_project(Context c, const MlaWeights& w, const Rope& rope, const Batch& batch, const float* x,
                         uint16_t* cache, float* q) {

@@ -1,8 +1,5 @@
 // The two forms of MLA on AMX tiles; mla.h has them for the other instruction sets, with the same signatures.
 
-inline void latents_of(const uint16_t* cache, int64_t width, const Sequence& s, int64_t block, int64_t positions,
-                       int64_t take, int64_t offset, float* to, int64_t ld);
-
 inline void expanded_unit(Context c, int thread, const MlaWeights& w, const Sequence& s, const Rows& latents, const Unit& u,
                           const uint16_t* cache, const float* q, float* mixed) {
     constexpr int64_t kMostGroups = kMostUnitRows / kAmxLanes;
