@@ -77,6 +77,7 @@ def test_perfetto_reads_forecast_and_actual_without_errors(tmp_path: Path, tiny_
         scheduler.add_task(layer, "cpu")
     for layer in model.layers[2:]:
         scheduler.add_task(layer, "sim:0")
+    scheduler.add_task(model.graph.by_name["head"], "sim:0", graph=model.graph)
     schedule = scheduler.schedule()
     cost = ciuic.CostModel(schedule.topology, model.format, workload=schedule.workload)
     traces = {"forecast": ciuic.simulate(schedule, model.graph, cost)}

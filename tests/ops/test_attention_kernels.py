@@ -77,10 +77,12 @@ def check(layer: Layer, run: Run, what: str) -> None:
         got = run.out[i].double()
         # One place of bfloat16, or the rounding of what cancelled.
         assert ((entries.double() - made).abs() <= made.abs() * 2.0**-8 + made.abs().amax(1, keepdim=True) * 1e-5).all()
-        # Rounding is small beside what many values come to; one or two may come to nothing.
-        for other, allowed in ((expected, ROUNDING), (plain, UNROUNDED))[: 2 if layer.results >= 16 else 1]:
+        # Rounding is small beside what many values come to; one or two may come to nothing, or be off as a whole.
+        few = layer.results < 16
+        for other, allowed in ((expected, ROUNDING), (plain, UNROUNDED))[: 1 if few else 2]:
+            most = allowed[layer.layout] * (4 if few else 1)
             error = ((got - other).norm(dim=1) / size).nan_to_num(nan=float("inf"))
-            assert error.max() <= allowed[layer.layout], f"{what}: {error.max():.1e} at token {int(error.argmax())}"
+            assert error.max() <= most, f"{what}: {error.max():.1e} at token {int(error.argmax())}"
     assert run.untouched(), f"{what}: other sequences' blocks were written to"
 
 
