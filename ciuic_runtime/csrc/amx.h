@@ -32,8 +32,9 @@ inline void amx_end() { _tile_release(); }
 // gcc 12 does not know that a tile is loaded from memory: what was stored before this is there to be loaded after it.
 inline void amx_stored() { asm volatile("" ::: "memory"); }
 
-// One of kParts parts of a group of a tile, to signed bytes; what lies `ahead` bytes on is asked for from memory. For a nibble n, n - 8 has n's lower bits and the opposite of
-// its bit 3 everywhere above: a linear map of bits, for which there is one instruction.
+// One of kParts parts of a group of a tile, to signed bytes; what lies `ahead` bytes on is asked for from memory. For a
+// nibble n, n - 8 has n's lower bits and the opposite of its bit 3 everywhere above: a linear map of bits, for which there
+// is one instruction.
 template <int kParts>
 inline void amx_unpack(bool nibbles, const uint8_t* packed, int64_t ahead, uint8_t* bytes, int64_t part) {
     constexpr int64_t kSize = kGroupBytes / kParts;
@@ -110,7 +111,8 @@ inline void amx_step(const int8_t* q, const uint8_t* w, int32_t* sums, const Amx
         for (int r = 0; r < kRows; ++r) scaling.row(m * kRows + r);
         const int tile = m / (2 * kBlocks);
         if (after)
-            amx_unpack<2 * kBlocks>(after->nibbles, after->packed[tile], after->ahead, after->bytes + tile * kGroupBytes, m % (2 * kBlocks));
+            amx_unpack<2 * kBlocks>(after->nibbles, after->packed[tile], after->ahead, after->bytes + tile * kGroupBytes,
+                                    m % (2 * kBlocks));
     };
     int m = 0;
     amx_stored();

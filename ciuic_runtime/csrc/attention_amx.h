@@ -114,8 +114,7 @@ class AmxAttention {
         at_ += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
     }
 
-    static void turn_values(const uint8_t* rows, int64_t stride, uint32_t* to, const uint8_t* next, int64_t next_nbytes,
-                            int64_t tiles) {
+    void turn_values(const uint8_t* rows, int64_t stride, uint32_t* to, const uint8_t* next, int64_t next_nbytes) const {
         alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                           8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
         const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
@@ -129,9 +128,6 @@ class AmxAttention {
                 _mm512_store_si512(pairs + 256, _mm512_permutex2var_epi16(a, high, b));
             }
         }
-    }
-    void turn_values(const uint8_t* rows, int64_t stride, uint32_t* to, const uint8_t* next, int64_t next_nbytes) const {
-        turn_values(rows, stride, to, next, next_nbytes, tiles);
     }
 
     // [64 positions][16 queries]; of a position's parts and a query's all products but low with low.
