@@ -78,6 +78,16 @@ ScheduleOption = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="default: the cores this process may use")]
 Kernels = Annotated[str, typer.Option("--kernels", help="auto, amx, avx512, avx512vnni, avx2, portable or reference")]
+CachePolicyOption = Annotated[
+    str | None, typer.Option("--cache-policy", help="which routed experts stay in memory: lfu, lru, popularity or pin")
+]
+Lookahead = Annotated[
+    int | None, typer.Option("--lookahead", help="layers ahead that experts are guessed and read from disk; 0: none")
+]
+IoThreads = Annotated[int | None, typer.Option("--io-threads", help="threads that read pages from disk")]
+RoutingOption = Annotated[
+    Path | None, typer.Option("--routing", metavar="FILE", help="a recording that says which experts are popular")
+]
 Context = Annotated[int | None, typer.Option("--context", help="positions per sequence: prompt and new tokens")]
 
 
@@ -169,6 +179,14 @@ def run(
     threads: Threads = None,
     kernels: Kernels = "auto",
     context: Context = None,
+    cache_policy: CachePolicyOption = None,
+    lookahead: Lookahead = None,
+    io_threads: IoThreads = None,
+    routing: RoutingOption = None,
+    record_routing: Annotated[
+        Path | None,
+        typer.Option("--record-routing", metavar="FILE", help="write which experts each token used, for ciuic replay"),
+    ] = None,
     executor: Annotated[str, typer.Option("--executor", help="local")] = "local",
     stages: Annotated[int, typer.Option("--stages", help="stages of a cluster; 1 in this version")] = 1,
     trace: Annotated[
@@ -178,13 +196,14 @@ def run(
 ) -> None:
     """Continue a prompt, and show the forecast beside what happened."""
     import ciuic_runtime as ciuic
+    from ciuic_runtime.engine.routing import write_routing
     from ciuic_runtime.models.checkpoint import open_checkpoint
     from ciuic_runtime.models.tokenizer import load_tokenizer
     from ciuic_runtime.report import run_report
     from ciuic_runtime.show import run_summary
 
-    if trace:
-        check_can_write(trace)
+    for file in filter(None, (trace, record_routing)):
+        check_can_write(file)
     if stages != 1:
         raise InvalidInput(f"--stages {stages}: this version runs one local stage; clusters are not in it yet")
     params = ciuic.SamplingParams(
@@ -200,10 +219,14 @@ def run(
     work = ciuic.Workload(max(map(len, ids)), max_tokens, len(ids))
     with _open(
         checkpoint, dtype=dtype, schedule=schedule, placement=placement, memory=memory, goal=goal, devices=devices,
-        threads=threads, kernels=kernels, executor=executor, context=context, workload=work,
+        threads=threads, kernels=kernels, executor=executor, context=context, workload=work, cache_policy=cache_policy,
+        lookahead=lookahead, io_threads=io_threads, routing=routing,
     ) as llm:  # fmt: skip
+        recorder = llm.record_routing() if record_routing else None
         outputs, interrupted = _generate(llm, ids, params, show=not as_json)
         report = run_report(llm, outputs)
+        if record_routing and recorder:
+            write_routing(recorder.routing(), record_routing)
         if trace:
             llm.trace.to_chrome_trace(trace)
         if as_json:
@@ -232,6 +255,10 @@ def chat(
     devices: DevicesOption = None,
     threads: Threads = None,
     kernels: Kernels = "auto",
+    cache_policy: CachePolicyOption = None,
+    lookahead: Lookahead = None,
+    io_threads: IoThreads = None,
+    routing: RoutingOption = None,
     context: Context = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -249,7 +276,8 @@ def chat(
     )  # none, or one that refuses: say so now
     with _open(
         checkpoint, dtype=dtype, schedule=schedule, placement=placement, memory=memory, devices=devices,
-        threads=threads, kernels=kernels, context=context, max_num_seqs=1,
+        threads=threads, kernels=kernels, context=context, max_num_seqs=1, cache_policy=cache_policy,
+        lookahead=lookahead, io_threads=io_threads, routing=routing,
     ) as llm:  # fmt: skip
         while question := _ask():
             asked = [*messages, {"role": "user", "content": question}]
@@ -283,6 +311,26 @@ def pack(
     except KeyboardInterrupt:
         raise _Stopped(f"interrupted; the same command goes on with what is in {out}.partial") from None
     _result(as_json, report.to_dict(), lambda: pack_summary(report))
+
+
+@app.command()
+def replay(
+    recording: Annotated[Path, typer.Argument(metavar="FILE", help="written by ciuic run --record-routing")],
+    memory: Annotated[str, typer.Option("--memory", metavar="cpu=16GiB", help="memory for weights")],
+    as_json: JsonOption = False,
+) -> None:
+    """Score every cache policy on recorded routing, beside the optimum, and say which to use."""
+    from ciuic_runtime.engine.routing import read_routing
+    from ciuic_runtime.schedulers.replay import replay as replay_policies
+    from ciuic_runtime.show import progress_bar, replay_table
+
+    budgets = _budgets(memory)
+    if len(budgets) != 1:
+        raise InvalidInput(f"--memory {memory!r}: a replay is of one device's memory; give one, such as cpu=16GiB")
+    routing = read_routing(recording)
+    with progress_bar("replaying") as progress:
+        found = replay_policies(routing, next(iter(budgets.values())), progress)
+    _result(as_json, {"schema_version": 1, **asdict(found)}, lambda: replay_table(found, str(recording)))
 
 
 def _version(asked: bool) -> None:

@@ -13,6 +13,7 @@ from ciuic_runtime.models.graph import PREFILL_CHUNK, build_graph
 from ciuic_runtime.models.layout import PACKED_FORMATS
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.schedulers.graph import Layer, Page, TaskGraph
+from ciuic_runtime.schedulers.replay import Routing, with_popularity
 
 FORMATS = ("auto", "float32", "bfloat16", *PACKED_FORMATS)
 ALIASES = {"bf16": "bfloat16"}
@@ -42,14 +43,16 @@ class Model:
         format: str = "auto",
         spec: ModelSpec | None = None,
         prefill_chunk: int = PREFILL_CHUNK,  # prompt tokens that a pass takes at most
+        routing: Routing | None = None,  # how popular its experts are, by a recording
     ) -> None:
-        self.source, self.prefill_chunk = source, prefill_chunk
+        self.source, self.prefill_chunk, self.routing = source, prefill_chunk, routing
         self.spec = spec or load_spec(source)
         self.format = parse_format(format, self.spec)
 
     @cached_property
     def graph(self) -> TaskGraph:
-        return replace(build_graph(self.spec, self.format), prefill_chunk=self.prefill_chunk)
+        graph = replace(build_graph(self.spec, self.format), prefill_chunk=self.prefill_chunk)
+        return graph if self.routing is None else with_popularity(graph, self.routing)
 
     @property
     def layers(self) -> tuple[Layer, ...]:

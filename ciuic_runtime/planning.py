@@ -3,9 +3,12 @@ Knows neither weights nor devices beyond their facts."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 
-from ciuic_runtime.devices.manager import DeviceManager
+from ciuic_runtime.devices.errors import OutOfMemory
+from ciuic_runtime.devices.manager import DeviceManager, measured_disk
 from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.model import Model
 from ciuic_runtime.schedulers.cost import Calibration
@@ -13,6 +16,8 @@ from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.scheduler import TaskScheduler
 from ciuic_runtime.schedulers.workload import Workload
+
+log = logging.getLogger("ciuic")
 
 
 def plan(
@@ -24,12 +29,42 @@ def plan(
     workload: Workload | None = None,
     placement: Placement | None = None,
     calibration: Calibration | None = None,
+    disk: str | Path | None = None,
 ) -> Schedule:
-    """The schedule for `model` on `hw` (None: this machine), with what it is forecast to do.
+    """The schedule for `model` on `hw` (None: this machine), with what it is forecast to do. Where memory is too small,
+    pages may be read from `disk`, a folder (None: where the model is, if `hw` is this machine).
 
     Raises InvalidInput for what cannot be asked, OutOfMemory, with the figures, where nothing fits."""
-    topology = hw if isinstance(hw, Topology) else (hw or DeviceManager(path=None)).topology
-    scheduler = TaskScheduler(
+    hw = hw or DeviceManager(path=None)
+    topology = hw if isinstance(hw, Topology) else hw.topology
+    if disk is None and isinstance(hw, DeviceManager) and hw.discovered and Path(model.source).exists():
+        disk = Path(model.source)
+
+    def schedule(on: Topology) -> Schedule:
+        return _scheduler(on, memory, goal, workload, placement, calibration).schedule(model.graph)
+
+    try:
+        return schedule(topology)
+    except OutOfMemory:
+        if disk is None or topology.by_kind("DISK"):
+            raise
+        return schedule(with_disk(topology, disk))
+
+
+def with_disk(topology: Topology, path: str | Path) -> Topology:
+    """The topology with the disk under `path`, measured (or as measured before), unless it has one."""
+    if topology.by_kind("DISK"):
+        return topology
+    cpus = [d.name for d in topology.by_kind("CPU")]
+    disk, links = measured_disk(path, cpus, progress=lambda what: log.info("%s", what))
+    return Topology((*topology.devices, disk), (*topology.links, *links))
+
+
+def _scheduler(
+    topology: Topology, memory: Mapping[str, str | int] | None, goal: str, workload: Workload | None,
+    placement: Placement | None, calibration: Calibration | None,
+) -> TaskScheduler:  # fmt: skip
+    return TaskScheduler(
         topology=topology,
         goal=goal,
         workload=workload or Workload(),
@@ -37,4 +72,3 @@ def plan(
         placement=placement or Placement(),
         calibration=calibration or Calibration(),
     )
-    return scheduler.schedule(model.graph)

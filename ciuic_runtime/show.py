@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ciuic_runtime.doctor import Check
     from ciuic_runtime.engine.llm import LLM
     from ciuic_runtime.packing import PackReport
+    from ciuic_runtime.schedulers.replay import Replay
     from ciuic_runtime.schedulers.schedule import Schedule
 
 
@@ -52,9 +53,23 @@ def run_summary(llm: LLM, report: dict[str, Any]) -> str:
         f"loaded in {report['load_s']:.2f} s; {new} new tokens ({report['finish_reason']}), {came}; "
         f"{llm.threads} threads; peak memory {peak}",
         str(llm.trace.against(llm.schedule)),
+        *([str(llm.paging)] if llm.paging else []),
         *report["notes"],
     ]
     return "\n".join(lines)
+
+
+def replay_table(found: Replay, file: str) -> str:
+    """Policies by their hit rates on the second half of a recording, beside the best fixed set and Belady."""
+    lines = [
+        f"{found.model}: room for {found.capacity} of {found.experts} experts",
+        f"{'policy':<16}{'hit rate':>9}{'read per token':>17}",
+    ]
+    for score in (found.belady, found.stationary, *found.scores):
+        by = "" if score in found.scores else " (by hindsight)"
+        lines.append(f"{score.policy:<16}{score.hit_rate:>9.1%}{format_bytes(score.bytes_per_token):>17}{by}")
+    also = f" --routing {file}" if found.chosen == "popularity" else ""
+    return "\n".join([*lines, f"use: --cache-policy {found.chosen}{also}"])
 
 
 def pack_summary(report: PackReport) -> str:

@@ -19,8 +19,8 @@ def check_can_write(path: str | Path) -> None:
         raise InvalidInput(f"cannot write {path}: {path.parent} is missing or not writable; choose another folder")
 
 
-def write_whole(path: str | Path, text: str) -> None:
-    """Writes `text` beside `path` and moves it there in one step; raises InvalidInput where that is not possible."""
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Writes `content` beside `path` and moves it there in one step; raises InvalidInput where that is not possible."""
     path = Path(path)
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -29,8 +29,8 @@ def write_whole(path: str | Path, text: str) -> None:
             f"cannot write {path}: {error.strerror}; choose a folder that exists and is writable"
         ) from error
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except OSError as error:

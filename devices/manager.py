@@ -38,6 +38,7 @@ class DeviceManager:
     `measure`: "cached" measures what is not in the cache, "fresh" everything, "never" nothing (no rates then)."""
 
     topology: Topology
+    discovered = True  # False: declared, whether it is here or not
 
     def __init__(
         self, path: str | Path | None = ".", measure: str = "cached", progress: Progress | None = None
@@ -54,7 +55,7 @@ class DeviceManager:
     @classmethod
     def from_topology(cls, topology: Topology) -> DeviceManager:
         manager = cls.__new__(cls)
-        manager.topology = topology
+        manager.topology, manager.discovered = topology, False
         return manager
 
     @classmethod
@@ -84,10 +85,18 @@ class DeviceManager:
         return device_table(self.topology)
 
 
+def measured_disk(
+    path: str | Path, cpus: Sequence[str], progress: Progress | None = None
+) -> tuple[DeviceSpec, list[Link]]:
+    """The disk under `path`, as measured now or before, and the links from it into the memory of `cpus`."""
+    [disk] = _measured([discover_disk(path)], path, fresh=False, progress=progress)
+    return disk, _links_of(disk, cpus)
+
+
 def _measured(
     devices: Sequence[DeviceSpec], path: str | Path | None, fresh: bool, progress: Progress | None
 ) -> list[DeviceSpec]:
-    num_computing = sum(d.can_compute and d.usable for d in devices)
+    num_computing = sum(d.can_compute and d.usable for d in devices) or 1
 
     def measure(spec: DeviceSpec) -> Limits:
         if spec.kind == "DISK" and path is not None:
@@ -113,10 +122,12 @@ def _cached(spec: DeviceSpec, measure: Callable[[DeviceSpec], Limits], fresh: bo
 
 def _disk_links(devices: Sequence[DeviceSpec]) -> list[Link]:
     """From the disk into each CPU's memory, as measured; writing to it was not measured and has no link."""
-    links = []
-    for disk in devices:
-        if disk.kind == "DISK" and disk.memory_bandwidth:
-            latency = float(disk.facts.get("read_latency_s", 0.0))
-            cpus = [d.name for d in devices if d.kind == "CPU"]
-            links += [Link(disk.name, cpu, disk.memory_bandwidth, latency, disk.basis) for cpu in cpus]
-    return links
+    cpus = [d.name for d in devices if d.kind == "CPU"]
+    return [link for disk in devices if disk.kind == "DISK" for link in _links_of(disk, cpus)]
+
+
+def _links_of(disk: DeviceSpec, cpus: Sequence[str]) -> list[Link]:
+    if not disk.memory_bandwidth:
+        return []
+    latency = float(disk.facts.get("read_latency_s", 0.0))
+    return [Link(disk.name, cpu, disk.memory_bandwidth, latency, disk.basis) for cpu in cpus]

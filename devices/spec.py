@@ -65,9 +65,12 @@ class Link:
         return self.latency + nbytes / self.bandwidth
 
 
-# Where no link was measured or declared: a pessimistic PCIe 3.0 x16 or memory copy, labelled estimated.
+# Where no link was measured or declared: a pessimistic PCIe 3.0 x16 or memory copy, or a modest NVMe drive; labelled
+# estimated.
 ASSUMED_LINK_BANDWIDTH = 10e9  # bytes/s
 ASSUMED_LINK_LATENCY = 20e-6  # s
+ASSUMED_DISK_BANDWIDTH = 2e9  # bytes/s
+ASSUMED_DISK_LATENCY = 200e-6  # s
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,8 @@ class Topology:
         for link in self.links:
             if (link.src, link.dst) == (src, dst):
                 return link
+        if any(d.kind == "DISK" for d in self.devices if d.name in (src, dst)):
+            return Link(src, dst, ASSUMED_DISK_BANDWIDTH, ASSUMED_DISK_LATENCY, "estimated")
         return Link(src, dst, ASSUMED_LINK_BANDWIDTH, ASSUMED_LINK_LATENCY, "estimated")
 
     def only(self, names: Iterable[str]) -> Topology:

@@ -19,6 +19,17 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True)
+class Paging:
+    """How pages whose home is a disk come into the memory of the device that computes with them."""
+
+    device: str  # cpu
+    disk: str
+    cache_bytes: int  # of that device's memory, for all pages
+    policy: str = "auto"  # which routed experts stay
+    lookahead: int = 2  # layers ahead that routed experts are guessed and read; 0: when they are needed
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSummary:
     name: str
     format: str

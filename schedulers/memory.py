@@ -14,6 +14,7 @@ from ciuic_runtime.schedulers.graph import TaskGraph
 from ciuic_runtime.schedulers.workload import Workload
 
 if TYPE_CHECKING:
+    from ciuic_runtime.schedulers.assignment import Paging
     from ciuic_runtime.schedulers.schedule import Schedule
 
 
@@ -40,9 +41,13 @@ def memory_need(schedule: Schedule, graph: TaskGraph, workload: Workload) -> dic
     """By device: every page once, the cache of the whole workload, and working memory where anything is computed."""
     weights = dict.fromkeys(schedule.devices_used(), 0)
     cache = dict.fromkeys(weights, 0.0)
+    paging = schedule.paging
     held = {(page.name, schedule.rows[row].home): page.nbytes for row, page in graph.rows.items()}
     for (_, device), nbytes in held.items():
-        weights[device] = weights.get(device, 0) + nbytes
+        if paging is None or device not in (paging.device, paging.disk):
+            weights[device] = weights.get(device, 0) + nbytes
+    if paging is not None:
+        weights[paging.device] = paging.cache_bytes
     for task in graph:
         if task.kv_bytes_per_token:
             cache[schedule.device_of(task.name)] += task.kv_bytes_per_token * workload.cache_tokens
@@ -52,6 +57,8 @@ def memory_need(schedule: Schedule, graph: TaskGraph, workload: Workload) -> dic
 
 def check_memory(schedule: Schedule, graph: TaskGraph, workload: Workload) -> None:
     """Raises OutOfMemory, with the figures, for the device that lacks most."""
+    if schedule.paging is not None:
+        _check_paging(schedule, schedule.paging, graph, workload)
     lacking = [
         (need.total - capacity(schedule.topology.device(name)), name, need)
         for name, need in memory_need(schedule, graph, workload).items()
@@ -60,6 +67,26 @@ def check_memory(schedule: Schedule, graph: TaskGraph, workload: Workload) -> No
     if worst > 0:
         room = capacity(schedule.topology.device(name))
         raise OutOfMemory(_does_not_fit(graph, workload, name, need, room), need=need.total, capacity=room)
+
+
+def _check_paging(schedule: Schedule, paging: Paging, graph: TaskGraph, workload: Workload) -> None:
+    """Raises OutOfMemory, with what would do, where not even one page at a time fits."""
+    largest = max(page.nbytes for page in graph.pages.values())
+    if paging.cache_bytes >= largest:
+        return
+    need, room = (
+        memory_need(schedule, graph, workload)[paging.device],
+        capacity(schedule.topology.device(paging.device)),
+    )
+    other = need.cache + need.working
+    raise OutOfMemory(
+        f"{graph.name} needs at least {format_bytes(other + largest)} on {paging.device}, where {format_bytes(room)} "
+        f"can be used, even with one page at a time read from {paging.disk} ({format_bytes(largest)} the largest page "
+        f"in {graph.format}, {format_bytes(need.cache)} cache and {format_bytes(need.working)} working memory for "
+        f"{workload.batch} x {workload.context} tokens); {format_bytes(other + graph.nbytes)} would hold everything; "
+        f"try more memory (--memory {paging.device}=...), a shorter context or a smaller batch",
+        need=other + largest, capacity=room,
+    )  # fmt: skip
 
 
 def _does_not_fit(graph: TaskGraph, workload: Workload, device: str, need: Need, room: int) -> str:

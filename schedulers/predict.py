@@ -32,7 +32,7 @@ def predict(schedule: Schedule, graph: TaskGraph, cost: CostModel) -> Prediction
         range=(decode_rate / (1 + error), decode_rate * (1 + error)),
         bound_by=_binding(decode, graph, cost, work.mean_decode),
         memory_bytes={name: need.total for name, need in memory_need(schedule, graph, work).items()},
-        basis=cost.basis(set(schedule.devices_used())),
+        basis=cost.basis(set(schedule.places_used())),
         seconds_per_token={
             "prefill": {k: s / prefill.tokens("prefill") for k, s in prefill.seconds_by_kind("prefill").items()},
             "decode": {k: s / decode.tokens("decode") for k, s in decode.seconds_by_kind("decode").items()},
@@ -49,9 +49,14 @@ def _prefill_steps(graph: TaskGraph, work: Workload) -> list[Step]:
 def _binding(decode: Trace, graph: TaskGraph, cost: CostModel, step: Step) -> str:
     """The resource that the decode step spends most of its time on."""
     spent: dict[str, float] = {}
+    disk = next((e.lane.partition(" ")[0] for e in decode.events if e.kind == "read"), "")
     for event in decode.events:
+        if event.kind == "read":
+            continue
         if event.kind == "copy":
             what = f"link {event.lane}"
+        elif event.kind == "wait":
+            what = f"reads from {disk}"
         else:
             bound = cost.task(graph.by_name[event.task], cost.topology.device(event.lane), step).bound_by
             what = f"{bound} of {event.lane}"

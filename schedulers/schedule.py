@@ -16,7 +16,7 @@ from ciuic_runtime.devices.files import write_whole
 from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.devices.units import format_bytes
 from ciuic_runtime.schedulers import memory, schedule_json, schedule_text
-from ciuic_runtime.schedulers.assignment import Assignment, Candidate, ModelSummary, Prediction
+from ciuic_runtime.schedulers.assignment import Assignment, Candidate, ModelSummary, Paging, Prediction
 from ciuic_runtime.schedulers.graph import Task, TaskGraph
 from ciuic_runtime.schedulers.workload import Goal, Workload
 
@@ -32,6 +32,7 @@ class Schedule:
     predicted: Prediction | None = None
     candidates: tuple[Candidate, ...] = ()
     notes: tuple[str, ...] = ()
+    paging: Paging | None = None  # None: every page stays where it is computed with
 
     def __str__(self) -> str:
         return schedule_text.schedule_text(self)
@@ -52,7 +53,13 @@ class Schedule:
         return tuple(self.rows[page.name].device for page in task.pages)
 
     def devices_used(self) -> tuple[str, ...]:
+        """Those that compute."""
         used = {row.device for row in self.assignments}
+        return tuple(d.name for d in self.topology.devices if d.name in used)
+
+    def places_used(self) -> tuple[str, ...]:
+        """Devices that compute or store."""
+        used = {name for row in self.assignments for name in (row.device, row.home)}
         return tuple(d.name for d in self.topology.devices if d.name in used)
 
     def weight_bytes(self) -> dict[str, int]:
@@ -89,11 +96,10 @@ class Schedule:
         if not spec.can_compute or not spec.usable:
             able, why = ", ".join(d.name for d in self.topology.compute_devices), spec.why_not_usable or spec.kind
             return f"placed on {device}, which cannot compute: {why}; devices that can: {able or 'none'}"
-        if home != device:
-            return (
-                f"stored on {home} and computed on {device}; paging between tiers is not supported yet, "
-                "store it where it is computed"
-            )
+        paged = self.paging is not None and (device, home) == (self.paging.device, self.paging.disk)
+        if home != device and not paged:
+            between = f"between {self.paging.disk} and {self.paging.device} only" if self.paging else "not planned here"
+            return f"stored on {home} and computed on {device}; paging is {between}, store it where it is computed"
         return ""
 
     def check_memory(self, graph: TaskGraph, workload: Workload | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.devices.toml import topology_from_dict, topology_to_dict
-from ciuic_runtime.schedulers.assignment import Assignment, Candidate, ModelSummary, Prediction
+from ciuic_runtime.schedulers.assignment import Assignment, Candidate, ModelSummary, Paging, Prediction
 from ciuic_runtime.schedulers.workload import Goal, Workload
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def schedule_to_dict(schedule: Schedule) -> dict[str, Any]:
         "predicted": _prediction(schedule.predicted) if schedule.predicted else None,
         "candidates": [asdict(c) for c in schedule.candidates],
         "notes": list(schedule.notes),
+        "paging": asdict(schedule.paging) if schedule.paging else None,
     }
 
 
@@ -53,6 +54,8 @@ def read_schedule(data: Any, source: str) -> dict[str, Any]:
             "candidates": tuple[Candidate, ...], "notes": tuple[str, ...]}  # fmt: skip
     if missing := [key for key in (*keys, "devices", "links", "assignments") if key not in data]:
         raise InvalidInput(f"{source} has no {missing[0]}; `ciuic plan MODEL --save FILE` writes one that has")
+    data = {"paging": None, **data}  # absent in files of before there was paging
+    keys["paging"] = Paging | None
     if strange := data.keys() - {*keys, "schema_version", "devices", "links", "assignments"}:
         raise InvalidInput(f"{source} has an unknown key {min(strange, key=str)}; remove it")
     values = {key: _read(kind, data[key], f"{source}: {key}") for key, kind in keys.items()}

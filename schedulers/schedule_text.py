@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ciuic_runtime.devices.units import format_bytes
-from ciuic_runtime.schedulers.assignment import Candidate, Prediction
+from ciuic_runtime.schedulers.assignment import Candidate, Paging, Prediction
 from ciuic_runtime.schedulers.memory import capacity
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def schedule_text(schedule: Schedule) -> str:
         "",
         *_devices(schedule),
     ]
+    if schedule.paging:
+        lines += ["", *_paging(schedule, schedule.paging)]
     if schedule.predicted:
         lines += ["", *_forecast(schedule.predicted)]
     if schedule.candidates:
@@ -46,6 +48,17 @@ def _devices(schedule: Schedule) -> list[str]:
         does = _computes(schedule, device.name) if device.usable else device.why_not_usable or "cannot be used"
         rows.append((device.name, held, need, format_bytes(capacity(device)), does))
     return _table(rows, "<>>><")
+
+
+def _paging(schedule: Schedule, paging: Paging) -> list[str]:
+    on_disk = schedule.weight_bytes().get(paging.disk, 0)
+    stays = schedule.weight_bytes().get(paging.device, 0)
+    ahead = f"guessed {paging.lookahead} layers ahead" if paging.lookahead else "read when they are needed"
+    return [
+        f"paging: {format_bytes(on_disk)} of weights have their home on {paging.disk} and share "
+        f"{format_bytes(max(0, paging.cache_bytes - stays))} of {paging.device}'s memory;",
+        f"        policy {paging.policy}, routed experts {ahead}",
+    ]
 
 
 def _forecast(p: Prediction) -> list[str]:

@@ -16,6 +16,7 @@ from ciuic_runtime.schedulers.draft import Fixed, schedule_of
 from ciuic_runtime.schedulers.graph import Layer, Task, TaskGraph
 from ciuic_runtime.schedulers.memory import capacity, limit_memory
 from ciuic_runtime.schedulers.placement import Placement
+from ciuic_runtime.schedulers.policies.paged import paged_on
 from ciuic_runtime.schedulers.policies.trivial import all_on, by_speed, fastest_first, split_by_speed
 from ciuic_runtime.schedulers.predict import predict
 from ciuic_runtime.schedulers.schedule import Schedule
@@ -23,6 +24,7 @@ from ciuic_runtime.schedulers.workload import Goal, Workload, parse_goal
 
 Policy = Callable[[TaskGraph, Topology, CostModel], Schedule]
 _registered: dict[str, Policy] = {}
+PAGED_FORMATS = ("int4", "int8", "bfloat16")  # whose pages are the same on disk as in memory
 
 
 def policy(name: str) -> Callable[[Policy], Policy]:
@@ -105,6 +107,8 @@ class TaskScheduler:
         cost = CostModel(topology, graph.format, self.calibration, self.workload)
         fixed = {**self.placement.resolve(graph, topology, self.workload), **self._exact}
         scored, broken = _score_all(graph, topology, cost, fixed)
+        if all(one.why_not for one in scored):
+            scored += [_score(s, graph, cost, trivial=True) for s in _paged(graph, topology, cost, fixed, self.memory)]
         chosen = _choose(scored, broken, goal, self.calibration.model_error)
         return replace(chosen, notes=(*_caveats(graph, self.workload, self.placement), *chosen.notes))
 
@@ -164,6 +168,20 @@ def _score_all(
             same = scored[key]
             broken.append(_candidate(same, label, f"the same plan as {same.schedule.policy}"))
     return list(scored.values()), broken
+
+
+def _paged(
+    graph: TaskGraph, topology: Topology, cost: CostModel, fixed: Fixed, memory: Mapping[str, str | int]
+) -> list[Schedule]:
+    """Plans that read pages from disk while they run, for want of memory."""
+    disks, cpus = topology.by_kind("DISK"), [d for d in topology.by_kind("CPU") if d.usable]
+    if not disks or graph.format not in PAGED_FORMATS:
+        return []
+    return [
+        paged_on(graph, topology, cost, fixed, device=cpu.name, disk=disks[0].name, budgeted=cpu.name in memory)
+        for cpu in cpus
+        if set(fixed.values()) <= {cpu.name}
+    ]
 
 
 def _with_rules(schedule: object, graph: TaskGraph, topology: Topology, cost: CostModel, fixed: Fixed) -> Schedule:

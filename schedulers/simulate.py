@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from ciuic_runtime.schedulers.assignment import Paging
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import Step, Task, TaskGraph
+from ciuic_runtime.schedulers.policies.paged import resident_share
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.trace import Event, EventKind, StepInfo, Trace
 from ciuic_runtime.schedulers.workload import Workload
@@ -62,15 +64,21 @@ class _Clock:
         self.events: list[Event] = []
         self.infos: list[StepInfo] = []
         self.where: dict[str, set[str]] = {}  # task -> devices that hold its output in this step
+        self.stays, self.routed_stays = resident_share(schedule, graph)
+        self.disk_free = 0.0  # when the disk has read what it was asked for so far
+        self.asked: list[float] = []  # when each layer with routed experts began, in this step
 
     def run(self, step: Step) -> None:
-        start, self.where = self.now, {}
+        start, self.where, self.asked = self.now, {}, []
         for task in self.graph:
             home = self.schedule.device_of(task.name)
             spread = self.experts.get(task.name, {})
             if spread.keys() <= {home}:
                 self._fetch(task.after, home, step)
-                self._compute(task, home, self.cost.task(task, self.devices[home], step).seconds, step)
+                seconds = self.cost.task(task, self.devices[home], step).seconds
+                if self.schedule.paging is not None:
+                    self._page(task, self.schedule.paging, seconds, step)
+                self._compute(task, home, seconds, step)
             else:
                 self._experts(task, home, spread, step)
             self.where[task.name] = {home}
@@ -95,6 +103,27 @@ class _Clock:
                 nbytes = task.output_bytes_per_token * task.work(step.phase).rows(step)
                 self._copy(name, self.schedule.device_of(name), device, nbytes, step)
                 self.where[name].add(device)
+
+    def _page(self, task: Task, paging: Paging, seconds: float, step: Step) -> None:
+        """Reads what is not there: routed experts from when they are guessed, `lookahead` layers earlier, other pages
+        from the task before. What is there computes meanwhile."""
+        if task.num_experts:
+            share = self.routed_stays
+            nbytes = (1 - share) * task.expected_experts(step.tokens) * task.pages[0].nbytes
+            self.asked.append(self.now)
+            asked = self.asked[max(0, len(self.asked) - 1 - paging.lookahead)]
+        else:
+            share, asked = self.stays, self.now
+            nbytes = (1 - share) * task.pages[0].nbytes
+        if nbytes < 1:
+            return
+        start = max(self.disk_free, asked)
+        self.disk_free = end = start + self.cost.transfer(paging.disk, paging.device, nbytes)
+        lane, at = f"{paging.disk} -> {paging.device}", len(self.infos)
+        self.events.append(Event(task.name, lane, start, end, at, step.phase, "read", int(nbytes)))
+        waits = end - self.now - share * seconds
+        if waits > 0:
+            self._advance(task.name, paging.device, waits, step, "wait", 0)
 
     def _copy(self, name: str, src: str, dst: str, nbytes: float, step: Step) -> None:
         if src != dst:

@@ -16,15 +16,15 @@ from ciuic_runtime.schedulers.graph import Phase, task_kind
 if TYPE_CHECKING:
     from ciuic_runtime.schedulers.schedule import Schedule
 
-EventKind = Literal["compute", "copy", "sample"]
+EventKind = Literal["compute", "copy", "sample", "wait", "read"]  # wait: for a page; read: of one from disk
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """One task (or copy) in one step. Events on a lane do not overlap."""
 
-    task: str  # layers.3.attention
-    lane: str  # the device that computed it, or "cpu -> sim:0" for a copy
+    task: str  # layers.3.attention; of a read, the page
+    lane: str  # the device that computed it or waited, or "cpu -> sim:0" for a copy
     start: float  # s since the trace began
     end: float
     step: int
@@ -73,10 +73,11 @@ class Trace:
         return self.tokens(phase) / seconds if seconds > 0 else None
 
     def seconds_by_kind(self, phase: Phase) -> dict[str, float]:
-        """Seconds by kind of task, over all steps of a phase; copies under "copy", sampling under "sample"."""
+        """Seconds by kind of task, over all steps of a phase; copies under "copy", sampling under "sample", waiting for
+        pages under "wait". Reads from disk go on beside all that and are left out."""
         total: dict[str, float] = defaultdict(float)
         for event in self.events:
-            if event.phase == phase:
+            if event.phase == phase and event.kind != "read":
                 total[task_kind(event.task) if event.kind == "compute" else event.kind] += event.seconds
         return dict(total)
 

@@ -167,7 +167,7 @@ def test_what_was_packed_gives_text(ciuic, tiny_v3: Path, here_toml: Path, tmp_p
     assert code == 0
     asked = ("--prompt", "Experts", "--max-tokens", 8, "--ignore-eos", "--devices", here_toml, "--json")
     code, out, err = ciuic("run", tmp_path / "out", *asked)
-    assert code == 0, err
+    assert code == 0, (err, out)
     report = json.loads(out)
     assert len(report["token_ids"]) == 8
     assert report["schedule"]["model"]["format"] == {"bf16": "bfloat16"}.get(format, format)

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models.graph import PREFILL_CHUNK
 from ciuic_runtime.schedulers.placement import Placement
+from ciuic_runtime.schedulers.policies.cache import cache_policy
 from ciuic_runtime.schedulers.workload import Workload
+
+MOST_LOOKAHEAD = 64
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,13 @@ class RuntimeConfig:
     prefill_chunk: int = PREFILL_CHUNK  # prompt tokens per pass
     workload: Workload | None = None  # what to plan for; None: the schedule's own, else a few sequences at once
     executor: str = "local"
+    cache_policy: str | None = None  # which routed experts stay in memory; None: the schedule's
+    lookahead: int | None = None  # layers ahead that routed experts are guessed and read; None: the schedule's
+    io_threads: int | None = None  # that read pages from disk
+    paged: bool | None = (
+        None  # pages in slots of the memory hierarchy; None: where the checkpoint is packed, or must be
+    )
+    routing: str | Path | None = None  # a recording (`ciuic run --record-routing`) that says which experts are popular
     kernels: str = "auto"  # instruction set of the native operators, "reference" for torch's; "auto": the best here
 
     def __post_init__(self) -> None:
@@ -34,8 +45,15 @@ class RuntimeConfig:
             ("max_num_seqs", 2**20),
             ("threads", 4096),
             ("prefill_chunk", 2**20),
+            ("io_threads", 256),
         ):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             if value is not None and not (whole and 1 <= value <= most):
                 raise InvalidInput(f"{name} is {value!r}; it must be a whole number from 1 to {most}")
+        if self.lookahead is not None and not (type(self.lookahead) is int and 0 <= self.lookahead <= MOST_LOOKAHEAD):
+            raise InvalidInput(
+                f"lookahead is {self.lookahead!r}; it must be a whole number of layers from 0 to {MOST_LOOKAHEAD}"
+            )
+        if self.cache_policy is not None:
+            cache_policy(self.cache_policy)

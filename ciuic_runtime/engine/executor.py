@@ -12,12 +12,15 @@ import torch
 
 from ciuic_runtime.devices.backend import Backend
 from ciuic_runtime.devices.cpu import parse_cpu_list
-from ciuic_runtime.engine.recorder import Recorder
+from ciuic_runtime.engine.paged import Ahead, PagedExperts, PagedFunction
+from ciuic_runtime.engine.recorder import READ, SAMPLE, WAIT, Recorder
 from ciuic_runtime.engine.weights import load_native, load_tensors
+from ciuic_runtime.memory.hierarchy import MemoryHierarchy
 from ciuic_runtime.memory.kv_cache import KVCache
 from ciuic_runtime.models.batch import Batch
 from ciuic_runtime.models.checkpoint import Checkpoint
 from ciuic_runtime.models.forward import Forward
+from ciuic_runtime.models.layout import page_layout
 from ciuic_runtime.models.native_composed import ComposedForward
 from ciuic_runtime.models.native_forward import NativeForward
 from ciuic_runtime.models.spec import ModelSpec
@@ -27,6 +30,7 @@ from ciuic_runtime.schedulers.graph import Phase, Task, TaskGraph
 from ciuic_runtime.schedulers.schedule import Schedule
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+DENSE_AHEAD = 3  # pages that every pass needs are read so many ahead
 
 
 @dataclass(slots=True)
@@ -41,13 +45,17 @@ class _Instruction:
     function: Callable[..., Any]  # routed experts: what combines their rows
     experts: dict[str, Callable[..., torch.Tensor]] = field(default_factory=dict)  # device -> its experts' rows
     shares: dict[str, torch.Tensor] = field(default_factory=dict)  # device -> the numbers of its experts
+    paged: PagedFunction | None = None  # in place of `function`, where its page lies in a slot
+    paged_experts: PagedExperts | None = None  # in place of `experts`
+    ahead: Ahead | None = None  # what is read ahead from here
     inputs: tuple[tuple[str, str], ...] = ()  # (task, device) of the values that it takes
     last_use: tuple[tuple[str, str], ...] = ()  # values that nobody reads after this
 
 
 class LocalExecutor:
     """One process, any number of devices; one task at a time. `kernels` is an instruction set, or "reference";
-    `replaced` are the user's operators."""
+    `replaced` are the user's operators. With a `memory`, pages are taken from its slots, whenever they are needed;
+    `lookahead` is how many layers ahead routed experts are guessed and read."""
 
     def __init__(
         self,
@@ -62,8 +70,13 @@ class LocalExecutor:
         kernels: str = REFERENCE,
         threads: int = 1,
         replaced: Replacements | None = None,
+        memory: MemoryHierarchy | None = None,
+        lookahead: int = 0,
     ) -> None:
         schedule.validate(graph)
+        self.spec = spec
+        self.memory, self.lookahead = memory, lookahead
+        self.on_routing: Callable[[int, torch.Tensor], None] | None = None  # layer, expert ids [tokens, k]
         self.graph, self.schedule, self.backends, self.recorder = graph, schedule, backends, recorder
         self.native, self.threads = kernels != REFERENCE, threads
         self.replaced = replaced or Replacements()
@@ -76,6 +89,8 @@ class LocalExecutor:
         )
         self.forwards: dict[str, Any] = {name: self._forward(spec, kernels, b) for name, b in backends.items()}
         self._pages: dict[tuple[str, str], Any] = {}
+        self._read_lanes: list[float] = []  # when the last read on each lane ended
+        self._most_routed = max((t.num_experts / t.experts_per_token for t in graph if t.num_experts), default=1.0)
         self._program = self._compile(progress or (lambda done, total: None))
 
     def _forward(self, spec: ModelSpec, kernels: str, backend: Backend) -> Forward | NativeForward:
@@ -93,30 +108,49 @@ class LocalExecutor:
 
         What `sampler` does with them belongs to the step, and is recorded on the lane "host"."""
         begin = time.perf_counter()
-        run = _Run(self, batch)
+        scanning = batch.num_tokens >= self._most_routed
+        if self.memory is not None:
+            self.memory.begin_step(scanning)
+        complete = False
         try:
+            run = _Run(self, batch, scanning)
             for instruction in self._program:
                 run.execute(instruction)
             logits = run.host_value("head")
             if sampler is not None:
                 self._sample(sampler, logits)
-        except BaseException:
-            self.recorder.abandon_step()
-            raise
+            complete = True
+        finally:
+            if self.memory is not None:
+                self.memory.end_step(phase, batch.num_tokens, complete)
+            if not complete:
+                self.recorder.abandon_step()
         self.recorder.end_step(phase, batch.num_tokens, len(batch.sequences), begin)
         return logits
+
+    def read(self, page: str, nbytes: int, start: float, end: float) -> None:
+        """Records a page's way from disk, on the first lane that is not busy meanwhile."""
+        start = max(start, self.recorder.begin)
+        free = (i for i, busy_until in enumerate(self._read_lanes) if busy_until <= start)
+        lane = next(free, len(self._read_lanes))
+        self._read_lanes[lane:] = [end, *self._read_lanes[lane + 1 :]]
+        assert self.memory is not None
+        name = f"disk -> {self.memory.device}" + (f" ({lane + 1})" if lane else "")
+        self.recorder.add(self.recorder.number(page), self.recorder.number(name), start, end, READ, nbytes)
 
     def _sample(self, sampler: Callable[[torch.Tensor], None], logits: torch.Tensor) -> None:
         start = time.perf_counter()
         sampler(logits)
         number = self.recorder.number
-        self.recorder.add(number("sample"), number("host"), start, time.perf_counter(), kind=2)
+        self.recorder.add(number("sample"), number("host"), start, time.perf_counter(), kind=SAMPLE)
 
     def close(self) -> None:
         """Gives back weights and cache; nothing can be run after this."""
         self._program.clear()
         self._pages.clear()
         self.cache.clear()
+        if self.memory is not None:
+            self.memory.close()
 
     def _compile(self, progress: Progress) -> list[_Instruction]:
         """Loads every page where the schedule has it and binds the tasks, in the graph's order."""
@@ -131,16 +165,58 @@ class LocalExecutor:
             backend, forward = self.backends[device], self.forwards[device]
             if task.num_experts:
                 function = forward.combine(task)
+            elif self.memory is not None:
+                function = _in_slot
             else:
                 page = task.pages[0].name
                 function = forward.function(task, self._load([page], device)[page])
             instruction = _Instruction(task, device, backend, number, lane, function, inputs=inputs, last_use=last_use)
-            if task.num_experts:
+            if self.memory is not None:
+                self._bind_slots(instruction)
+            elif task.num_experts:
                 self._bind_experts(instruction)
             done += task.nbytes
-            progress(min(done, total), total)
+            if self.memory is None:
+                progress(min(done, total), total)
             program.append(instruction)
+        if self.memory is not None:
+            self._bind_ahead(program)
+            self.memory.on_read = self.read
+            self.memory.begin_reading(progress)
         return program
+
+    def _bind_slots(self, i: _Instruction) -> None:
+        assert self.memory is not None
+        layout = page_layout(self.spec, i.task.pages[0].name, self.graph.format)
+        forward = self.forwards[i.device]
+        if i.task.num_experts:
+            run = forward.experts_in_slots(i.task, layout)
+            i.paged_experts = PagedExperts(self.memory, i.task, run)
+        else:
+            i.paged = PagedFunction(self.memory, i.task, layout, forward.function)
+
+    def _bind_ahead(self, program: list[_Instruction]) -> None:
+        """What is read ahead, and from where: the next pages that every pass needs; in scans, at each router the next
+        layer's experts; else, at the start of a layer, those that the router `lookahead` layers further would choose
+        (at the start of the first, of all routers up to there)."""
+        dense = [i.paged.page for i in program if i.paged]
+        experts = {i.task.layer: i.paged_experts for i in program if i.paged_experts and i.task.layer is not None}
+        paged = {i.task.name: i.paged for i in program if i.paged}
+        begun: set[int] = set()
+        for i in program:
+            dense = dense[1:] if i.paged else dense
+            i.ahead = ahead = Ahead(tuple(dense[:DENSE_AHEAD]))
+            layer, last = i.task.layer, (i.task.layer or 0) + self.lookahead
+            if layer is None or not self.lookahead:
+                continue
+            if layer not in begun:
+                guessed = [n for n in experts if n == last or (n < last and not begun)]
+                ahead.guesses = tuple(
+                    (paged[f"layers.{n}.mlp_norm"], paged[f"layers.{n}.router"], experts[n]) for n in guessed
+                )
+                begun.add(layer)
+            if i.task.kind == "router":
+                ahead.scan = next((tuple(e.pages) for n, e in experts.items() if n > layer), ())
 
     def _bind_experts(self, i: _Instruction) -> None:
         homes: dict[str, list[int]] = {}
@@ -166,20 +242,28 @@ class LocalExecutor:
 class _Run:
     """One pass: the values that tasks have handed on so far, by task and device."""
 
-    def __init__(self, executor: LocalExecutor, batch: Batch) -> None:
+    def __init__(self, executor: LocalExecutor, batch: Batch, scanning: bool) -> None:
         self.x = executor
-        self.batch = batch
+        self.batch, self.scanning = batch, scanning
         self.values: dict[tuple[str, str], Any] = {}
         self.passes: dict[str, Any] = {}
 
     def execute(self, i: _Instruction) -> None:
         values = self.values
-        if i.experts:
+        if i.ahead is not None:
+            self._look_ahead(i, i.ahead)
+        if i.paged_experts:
+            value = self._experts_in_slots(i, i.paged_experts)
+        elif i.experts:
             value = self._experts(i)
         else:
             inputs = [values[key] if key in values else self._fetch(*key) for key in i.inputs]
-            value = self._launch(i, i.device, i.function, self._pass(i.device), *inputs)
+            function = i.function if i.paged is None else self._waited(i, i.paged.bound)
+            value = self._launch(i, i.device, function, self._pass(i.device), *inputs)
         values[i.task.name, i.device] = value
+        if i.task.kind == "router" and self.x.on_routing is not None:
+            assert i.task.layer is not None
+            self.x.on_routing(i.task.layer, value[0])
         for key in i.last_use:
             values.pop(key, None)
 
@@ -209,6 +293,50 @@ class _Run:
         inputs = [self._fetch(name, home) for name in added]
         total: torch.Tensor = self._launch(i, home, _combine, i.function, p, placed, weights, inputs)
         return total
+
+    def _experts_in_slots(self, i: _Instruction, paged: PagedExperts) -> torch.Tensor:
+        """Experts that are there compute while others arrive."""
+        x_name, router, *added = i.task.after
+        home, p, values = i.device, self._pass(i.device), self.values
+        ids, weights = values[router, home]
+        x, inputs = values[x_name, home], [values[name, home] for name in added]
+        rows: torch.Tensor | None = None
+        come = paged.come(ids)
+        while True:
+            slots = self._waited(i, lambda: next(come, None))
+            if slots is None:
+                break
+            rows = self._launch(i, home, paged.run, p, x, ids, slots)
+        assert rows is not None, f"{i.task.name}: no expert was chosen"
+        result: torch.Tensor = self._launch(i, home, i.function, p, rows, weights, inputs)
+        return result
+
+    def _waited(self, i: _Instruction, act: Callable[[], Any]) -> Any:
+        """What `act` returns; if it had to wait for a page, that is recorded."""
+        memory = self.x.memory
+        assert memory is not None
+        before, start = memory.stalled, time.perf_counter()
+        result = act()
+        if memory.stalled != before:
+            self.x.recorder.add(i.number, i.lane, start, time.perf_counter(), WAIT)
+        return result
+
+    def _look_ahead(self, i: _Instruction, ahead: Ahead) -> None:
+        """Has pages read that will be needed: certain ones, and those that the routers of later layers would choose if
+        the residual stayed as it is."""
+        memory = self.x.memory
+        assert memory is not None
+        if memory.state.whole:
+            return
+        memory.expect_certain(ahead.dense)
+        if self.scanning:
+            memory.expect(ahead.scan)
+            return
+        for norm, router, experts in ahead.guesses:
+            if norm.is_there and router.is_there:
+                p, residual = self._pass(i.device), self.values[i.inputs[-1]]
+                ids, _ = router.peek()(p, norm.peek()(p, residual))
+                memory.expect(experts.numbers(ids))
 
     def _fetch(self, name: str, device: str) -> Any:
         """A task's value on a device, copied there the first time it is asked for."""
@@ -263,6 +391,10 @@ class _Run:
         if self.x.backends[device].host_memory or host is None:
             return value.cpu()
         return self._move(self.x.recorder.number(name), value, device, host)
+
+
+def _in_slot(*arguments: Any) -> Any:
+    raise AssertionError("the page is in a slot: its function is made when it is there")
 
 
 def _rows_of(ids: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:

@@ -22,21 +22,26 @@ from ciuic_runtime.engine.executor import LocalExecutor
 from ciuic_runtime.engine.queue import Decision, RequestQueue
 from ciuic_runtime.engine.recorder import Recorder
 from ciuic_runtime.engine.request import Request, RequestOutput
+from ciuic_runtime.engine.routing import RoutingRecorder
 from ciuic_runtime.engine.sampling import SamplingParams, sample
 from ciuic_runtime.engine.setup import set_up
 from ciuic_runtime.engine.text import NoText, TextStream
+from ciuic_runtime.memory.hierarchy import MemoryHierarchy
 from ciuic_runtime.memory.kv_cache import blocks_for
+from ciuic_runtime.memory.paging import PagingReport
 from ciuic_runtime.model import Model
 from ciuic_runtime.models.batch import Chunk, make_batch
 from ciuic_runtime.models.checkpoint import Checkpoint, open_checkpoint
 from ciuic_runtime.models.tokenizer import Tokenizer, load_tokenizer
 from ciuic_runtime.ops.native import REFERENCE
+from ciuic_runtime.schedulers.memory import memory_need
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Workload
 
 Prompt = str | Sequence[int]
+DEFAULT_LOOKAHEAD = 2
 
 
 class Settings(TypedDict, total=False):
@@ -52,6 +57,11 @@ class Settings(TypedDict, total=False):
     prefill_chunk: int
     workload: Workload | None
     executor: str
+    cache_policy: str | None
+    lookahead: int | None
+    io_threads: int | None
+    paged: bool | None
+    routing: str | Path | None
     kernels: str
 
 
@@ -81,15 +91,51 @@ class LLM:
         used = self.schedule.devices_used()
         self._backends = {name: open_backend(self.topology.device(name), self.topology) for name in used}
         num_blocks = blocks_for(self.context) * self.max_num_seqs
+        self._memory = self._open_memory(config)
+        lookahead = self.schedule.paging.lookahead if self.schedule.paging else DEFAULT_LOOKAHEAD
         self._executor = LocalExecutor(
             self.model.spec, self.model.graph, self.schedule, self._checkpoint, self._backends, num_blocks,
-            self._recorder, progress, self.kernels, self.threads, self._setup.replaced,
+            self._recorder, progress, self.kernels, self.threads, self._setup.replaced, self._memory, lookahead,
         )  # fmt: skip
         self._queue = RequestQueue(num_blocks, self.max_num_seqs, config.prefill_chunk)
         self._tokenizer: Tokenizer | None = None
         self._closed = False
         self._warm_up()
         self.load_s = time.perf_counter() - begin  # from opening the checkpoint until ready for prompts
+
+    def _open_memory(self, config: RuntimeConfig) -> MemoryHierarchy | None:
+        """Where pages lie in slots: with native kernels on one CPU, if the checkpoint is packed, must be paged, or the
+        user asks for it."""
+        used, paging = list(self._backends.values()), self.schedule.paging
+        can = self.kernels != REFERENCE and len(used) == 1 and used[0].host_memory
+        wanted = config.paged if config.paged is not None else bool(self.model.spec.packed)
+        if paging is None and not (can and wanted):
+            return None
+        name = used[0].spec.name
+        need = memory_need(self.schedule, self.model.graph, self.schedule.workload)[name]
+        return MemoryHierarchy(
+            self._checkpoint, memory={name: need.total}, format=self.model.format, graph=self.model.graph,
+            cache_policy=(paging.policy if paging else config.cache_policy) or "auto", io_threads=config.io_threads,
+            backend=used[0], reserved=need.total - need.weights,
+        )  # fmt: skip
+
+    @property
+    def memory(self) -> MemoryHierarchy:
+        """Where the model's pages are. Raises InvalidInput where they are not in slots: with torch's operators, with
+        several devices, and where an unpacked checkpoint is computed with in its file."""
+        if self._memory is None:
+            raise InvalidInput(
+                f"{self.model.spec.name} is not held in slots here; pack it, or open it with paged=True, with native "
+                "kernels on one CPU"
+            )
+        return self._memory
+
+    @property
+    def paging(self) -> PagingReport | None:
+        """What the last `generate`, `stream` or `logits` read and waited for; None where everything is in memory."""
+        if self._memory is None or not (self.schedule.paging or self._memory.report.anything):
+            return None
+        return self._memory.report
 
     @property
     def model(self) -> Model:
@@ -135,7 +181,7 @@ class LLM:
         requests = self._requests(prompts, params)
         self._check_idle()
         self._forecast(requests)
-        self._recorder.clear()
+        self._clear_records()
         for request in requests:
             self._queue.add(request)
         try:
@@ -145,12 +191,18 @@ class LLM:
             for request in self._queue.clear():
                 request.finish("interrupted")
 
+    def record_routing(self) -> RoutingRecorder:
+        """From now on, which experts each token uses; the recorder's `routing()` is what was recorded so far."""
+        recorder = RoutingRecorder(self.model.graph)
+        self._executor.on_routing = recorder.record
+        return recorder
+
     def logits(self, token_ids: Sequence[int], chunk: int | None = None) -> torch.Tensor:
         """Logits at every position of a prompt, float32 [tokens, vocab], computed in chunks of `chunk` tokens.
 
         The trace is of this afterwards."""
         self._check_idle()
-        self._recorder.clear()
+        self._clear_records()
         self._check_ids(token_ids, "the prompt")
         self._check_length(len(token_ids), 0, "the prompt")
         blocks = tuple(range(blocks_for(len(token_ids))))
@@ -196,10 +248,12 @@ class LLM:
 
     def _warm_up(self) -> None:
         """One prompt pass and one decode pass, so that thread pools and compiled primitives exist before the first
-        request; what they leave in the cache is overwritten."""
+        request; what they leave in the cache is overwritten. Not where pages would have to be read for it."""
+        if self._memory is not None and not self._memory.state.whole:
+            return
         self._executor.step(make_batch([Chunk((0, 0), 0, (0,), prompt=True)]), "prefill")
         self._executor.step(make_batch([Chunk((0,), 2, (0,), prompt=False)]), "decode")
-        self._recorder.clear()
+        self._clear_records()
 
     def _step(self, decision: Decision) -> Iterator[tuple[str, RequestOutput]]:
         sampled = [r for r, c in zip(decision.requests, decision.chunks, strict=True) if c.sample]
@@ -257,6 +311,11 @@ class LLM:
         work = Workload(prompt, new, min(len(requests), self.max_num_seqs))
         if work != self.schedule.workload:
             self.schedule = self._setup.forecast(work)
+
+    def _clear_records(self) -> None:
+        self._recorder.clear()
+        if self._memory is not None:
+            self._memory.report.clear()
 
     def _check_idle(self) -> None:
         if self._closed:

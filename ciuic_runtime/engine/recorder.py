@@ -12,7 +12,8 @@ import numpy as np
 from ciuic_runtime.schedulers.graph import Phase
 from ciuic_runtime.schedulers.trace import Event, EventKind, StepInfo, Trace
 
-_KINDS: tuple[EventKind, ...] = ("compute", "copy", "sample")
+_KINDS: tuple[EventKind, ...] = ("compute", "copy", "sample", "wait", "read")
+SAMPLE, WAIT, READ = 2, 3, 4  # places in _KINDS
 _COLUMNS = np.dtype(
     [("task", "i4"), ("lane", "i4"), ("step", "i4"), ("kind", "i1"), ("nbytes", "i8"), ("start", "f8"), ("end", "f8")]
 )

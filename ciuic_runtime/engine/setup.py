@@ -12,13 +12,14 @@ from ciuic_runtime.devices.manager import DeviceManager
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.devices.units import format_bytes
 from ciuic_runtime.engine.config import RuntimeConfig
+from ciuic_runtime.engine.routing import read_routing
 from ciuic_runtime.model import Model
 from ciuic_runtime.models.checkpoint import Checkpoint
 from ciuic_runtime.models.layout import PACKED_FORMATS
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.ops.custom import Replacements
 from ciuic_runtime.ops.native import REFERENCE, instruction_set
-from ciuic_runtime.planning import plan
+from ciuic_runtime.planning import plan, with_disk
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import TaskGraph
 from ciuic_runtime.schedulers.memory import capacity, limit_memory, memory_need
@@ -65,16 +66,20 @@ def set_up(
         raise InvalidInput(
             f"a context of {config.max_model_len} tokens was asked for; {spec.name} allows {spec.max_positions}"
         )
-    model = Model(checkpoint.path, _format(config, schedule), spec, config.prefill_chunk)
+    routing = read_routing(config.routing) if config.routing is not None else None
+    model = Model(checkpoint.path, _format(config, schedule), spec, config.prefill_chunk, routing)
     topology = _with_threads(_topology(devices, schedule), config.threads)
     if schedule is not None:
         _check_not_decided_twice(config)
+        if schedule.paging is not None:
+            topology = with_disk(topology, checkpoint.path)
         schedule = replace(schedule, policy="as given", candidates=(), notes=())
         topology = limit_memory(topology, config.memory)
     context, batch, schedule = _fit(model, topology, config, schedule)
     cores = sum(topology.device(n).cores for n in schedule.devices_used() if topology.device(n).kind == "CPU")
     threads = config.threads or max(1, cores or sum(d.cores for d in discover_cpus()))
     kernels, replaced = _kernels(config, model, schedule), Replacements.now()
+    schedule = _paging(schedule, config, kernels)
     if kernels == REFERENCE and model.format in PACKED_FORMATS:
         _check_unpacked(model)
     _warn_of_unused(replaced, spec)
@@ -97,6 +102,21 @@ def _kernels(config: RuntimeConfig, model: Model, schedule: Schedule) -> str:
             "leave the kernels out, or try another dtype or device"
         )
     return REFERENCE
+
+
+def _paging(schedule: Schedule, config: RuntimeConfig, kernels: str) -> Schedule:
+    """With the user's policy and lookahead, where pages are read while the model runs."""
+    paging = schedule.paging
+    if paging is None:
+        return schedule
+    if kernels == REFERENCE:
+        raise OutOfMemory(
+            f"{schedule.model.name} does not fit into memory, and torch's operators cannot read pages while they run; "
+            "use native kernels (`ciuic doctor` says which there are), or take a smaller format or model"
+        )
+    policy = paging.policy if config.cache_policy is None else config.cache_policy
+    lookahead = paging.lookahead if config.lookahead is None else config.lookahead
+    return replace(schedule, paging=replace(paging, policy=policy, lookahead=lookahead))
 
 
 def _check_unpacked(model: Model) -> None:
@@ -123,15 +143,27 @@ def _warn_of_unused(replaced: Replacements, spec: ModelSpec) -> None:
 
 
 def _fit(model: Model, topology: Topology, config: RuntimeConfig, given: Schedule | None) -> tuple[int, int, Schedule]:
-    """The context and batch asked for; where the user set none and they do not fit, the largest that do."""
+    """The context and batch asked for; where the user set none and they do not fit, the largest that do. Only where no
+    batch and context lets all weights stay in memory are pages read from disk."""
+    if given is not None or config.paged is False:
+        return _largest(model, topology, config, given, paged=given is not None)
+    try:
+        return _largest(model, topology, config, None, paged=False)
+    except OutOfMemory:
+        return _largest(model, topology, config, None, paged=True)
+
+
+def _largest(
+    model: Model, topology: Topology, config: RuntimeConfig, given: Schedule | None, paged: bool
+) -> tuple[int, int, Schedule]:
     work = config.workload or (given.workload if given else None)
     asked = work.context if work else DEFAULT_CONTEXT
     context = config.max_model_len or min(asked, model.spec.max_positions)
-    batch = config.max_num_seqs or (work.batch if work else DEFAULT_BATCH)
+    batch = config.max_num_seqs or (work.batch if work else 1 if paged else DEFAULT_BATCH)
     wanted = (context, batch)
     while True:
         try:
-            schedule = _schedule_for(_workload(work, context, batch), model, topology, config, given)
+            schedule = _schedule_for(_workload(work, context, batch), model, topology, config, given, paged)
             break
         except OutOfMemory:
             # The batch gives way first: a shorter context refuses prompts, a smaller batch only takes longer.
@@ -150,15 +182,15 @@ def _fit(model: Model, topology: Topology, config: RuntimeConfig, given: Schedul
 
 
 def _schedule_for(
-    work: Workload, model: Model, topology: Topology, config: RuntimeConfig, given: Schedule | None
+    work: Workload, model: Model, topology: Topology, config: RuntimeConfig, given: Schedule | None, paged: bool
 ) -> Schedule:
     if given is None:
         schedule = plan(
             model, topology, memory=config.memory, goal=config.goal or "latency", workload=work,
-            placement=config.placement,
+            placement=config.placement, disk=model.source if paged else None,
         )  # fmt: skip
     else:
-        schedule = replace(given, workload=work, topology=topology.only(given.devices_used()))
+        schedule = replace(given, workload=work, topology=topology.only(given.places_used()))
         schedule.validate(model.graph)
         schedule.check_memory(model.graph, work)
     _check_host(schedule, model.graph, work)

@@ -1,17 +1,18 @@
-"""Memory for what tasks hand on, by name: it grows to what was needed once and is used again from then on.
+"""Memory for what tasks hand on, by name, out of a pool: it grows to what was needed once and is used again.
 Knows no task; whoever writes under a name knows when its earlier content is no longer wanted."""
 
 from __future__ import annotations
 
 import torch
 
-from ciuic_runtime.devices.backend import host_buffer
+from ciuic_runtime.memory.pool import TensorPool
 
 
 class Buffers:
     """Views are kept too, so that asking again for the same rows allocates nothing."""
 
     def __init__(self) -> None:
+        self.pool = TensorPool()
         self._memory: dict[str, torch.Tensor] = {}  # name -> [most rows so far, width]
         self._views: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -31,8 +32,12 @@ class Buffers:
         if memory is None or memory.shape[0] < rows:
             for key in [k for k in self._views if k[0] == name]:
                 del self._views[key]
+            if memory is not None:
+                self.pool.free(memory)
+                self.pool.clear()  # nobody asks for so few rows of this name again
             most = max(rows, 1)
-            memory = self._memory[name] = host_buffer(most * width * dtype.itemsize).view(dtype).view(most, width)
+            slot = self.pool.allocate(most * width * dtype.itemsize)
+            memory = self._memory[name] = slot.view(dtype).view(most, width)
         assert memory.shape[1] == width, f"{name} is {memory.shape[1]} wide, {width} asked for"
         assert memory.dtype == dtype, f"{name} holds {memory.dtype}, {dtype} asked for"
         return memory

@@ -51,7 +51,7 @@ class PageStore:
         self.format: str = self.spec.packed
         self._stored = _stored_pages(self.path, self.spec)
         self.pages: Mapping[str, int] = {name: page.tensor.nbytes for name, page in self._stored.items()}  # bytes
-        self._files: dict[Path, _File] = {}
+        self._files: dict[Path, StoreFile] = {}
         self._opening = threading.Lock()
 
     @property
@@ -66,22 +66,33 @@ class PageStore:
             raise InvalidInput(f"{self.path} has no page {name!r}; pages are like {next(iter(self._stored))}")
         page = self._stored[name]
         assert into.numel() == page.tensor.nbytes, f"{name} has {page.tensor.nbytes} bytes, not {into.numel()}"
-        self._file(page.tensor.file).read(page.tensor.begin, into, name)
-        if checksum(name, into) != page.checksum:
+        self.file_of(name).read(page.tensor.begin, into, name)
+        self.verify(name, into)
+
+    def verify(self, name: str, data: torch.Tensor) -> None:
+        """Raises InvalidInput, naming page and file, unless `data` is what was packed as this page."""
+        page = self._stored[name]
+        if checksum(name, data) != page.checksum:
             raise InvalidInput(
                 f"{page.tensor.file} is damaged: page {name} does not have the checksum it was packed with; "
                 "copy the file again from where it came, or pack the model again"
             )
 
+    def offset(self, name: str) -> int:
+        """Bytes from the start of its file to the page."""
+        return self._stored[name].tensor.begin
+
+    def file_of(self, name: str) -> StoreFile:
+        """The page's file, opened; it stays the same one though another takes its name meanwhile."""
+        path = self._stored[name].tensor.file
+        with self._opening:
+            if path not in self._files:
+                self._files[path] = StoreFile(path)
+            return self._files[path]
+
     def close(self) -> None:
         with self._opening:
             self._files.clear()
-
-    def _file(self, path: Path) -> _File:
-        with self._opening:
-            if path not in self._files:
-                self._files[path] = _File(path)
-            return self._files[path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,43 +101,59 @@ class _StoredPage:
     checksum: str
 
 
-class _File:
+class StoreFile:
     """One opened file, read with O_DIRECT where file system, offset and buffer allow it."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._direct = path, -1
+        self.path = path
+        self.direct = self.plain = -1  # descriptors; direct is -1 where the file system refuses
         try:
-            self._plain = os.open(path, os.O_RDONLY)
+            self.plain = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise InvalidInput(f"{path} cannot be opened: {error.strerror}") from error
         try:
-            self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            self.direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
         except (OSError, AttributeError):  # the file system, or the system, does not have it
-            self._direct = -1
+            self.direct = -1
+        self._stamp = self._look()
 
     def __del__(self) -> None:
-        for handle in (getattr(self, "_plain", -1), self._direct):
+        for handle in (self.plain, self.direct):
             if handle >= 0:
                 os.close(handle)
+
+    def unchanged(self) -> bool:
+        """Whether nobody has written to it since it was opened."""
+        return self._look() == self._stamp
+
+    def why_short(self, page: str, missing: int) -> InvalidInput:
+        return InvalidInput(
+            f"{self.path} has become shorter since it was opened: page {page} ends {missing} bytes early; copy the "
+            "file again"
+        )
+
+    def why_failed(self, page: str, reason: str) -> InvalidInput:
+        return InvalidInput(f"{self.path} cannot be read at page {page}: {reason}")
+
+    def _look(self) -> tuple[int, int]:
+        found = os.fstat(self.plain)
+        return found.st_size, found.st_mtime_ns
 
     def read(self, offset: int, into: torch.Tensor, page: str) -> None:
         view = into.numpy().data
         aligned = offset % PAGE_ALIGN == 0 and into.data_ptr() % PAGE_ALIGN == 0 and len(view) % PAGE_ALIGN == 0
         try:
-            if aligned and self._direct >= 0:
+            if aligned and self.direct >= 0:
                 try:
-                    done = _read(self._direct, offset, view)
+                    done = _read(self.direct, offset, view)
                 except OSError:  # some file systems accept the flag and refuse the read
-                    done = _read(self._plain, offset, view)
+                    done = _read(self.plain, offset, view)
             else:
-                done = _read(self._plain, offset, view)
+                done = _read(self.plain, offset, view)
         except OSError as error:
-            raise InvalidInput(f"{self._path} cannot be read at page {page}: {error.strerror}") from error
+            raise self.why_failed(page, str(error.strerror)) from error
         if done != len(view):
-            raise InvalidInput(
-                f"{self._path} has become shorter since it was opened: page {page} ends {len(view) - done} bytes "
-                "early; copy the file again"
-            )
+            raise self.why_short(page, len(view) - done)
 
 
 def _read(handle: int, offset: int, view: memoryview) -> int:

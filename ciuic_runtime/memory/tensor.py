@@ -28,7 +28,7 @@ class CiuicTensor:
     data: torch.Tensor
 
     def __init__(self, shape: Sequence[int] | int, dtype: str = "float32") -> None:
-        self.data = torch.zeros(shape if isinstance(shape, int) else tuple(shape), dtype=_dtype(dtype))
+        self.data = torch.zeros(shape if isinstance(shape, int) else tuple(shape), dtype=parse_dtype(dtype))
 
     @staticmethod
     def of(memory: torch.Tensor) -> CiuicTensor:
@@ -90,7 +90,7 @@ class CiuicTensor:
         return _of(self.data.reshape(*shape))
 
     def astype(self, dtype: str) -> CiuicTensor:
-        return _of(self.data.to(_dtype(dtype)))
+        return _of(self.data.to(parse_dtype(dtype)))
 
     def copy(self) -> CiuicTensor:
         return _of(self.data.clone())
@@ -217,7 +217,8 @@ def _dims(tensor: CiuicTensor, axis: Axis) -> tuple[int, ...]:
     return (axis,) if isinstance(axis, int) else tuple(axis)
 
 
-def _dtype(name: str) -> torch.dtype:
+def parse_dtype(name: str) -> torch.dtype:
+    """torch's type of that name; raises InvalidInput for others."""
     found = getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
         raise InvalidInput(f"dtype {name!r} is not known; float32, bfloat16, int64 and bool are among those that are")

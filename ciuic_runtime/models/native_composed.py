@@ -11,15 +11,17 @@ import torch.nn.functional as F
 
 from ciuic_runtime.memory.kv_cache import KVCache
 from ciuic_runtime.models.forward import router
+from ciuic_runtime.models.layout import PageLayout
 from ciuic_runtime.models.native_forward import (
     CombineFunction,
     ExpertsFunction,
     NativeForward,
     NativePass,
+    SlotExpertsFunction,
     TaskFunction,
     keeping,
 )
-from ciuic_runtime.models.native_pages import NativePage
+from ciuic_runtime.models.native_pages import NativePage, page_of_block
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.ops.custom import Replacements
 from ciuic_runtime.ops.moe import combine
@@ -58,6 +60,18 @@ class ComposedForward(NativeForward):
                     where = (flat == e).nonzero().flatten()
                     out[where] = gated[e](x[where // k], None)
             return out
+
+        return experts
+
+    def experts_in_slots(self, task: Task, layout: PageLayout) -> SlotExpertsFunction:
+        if "silu" not in self.replaced:
+            return super().experts_in_slots(task, layout)
+
+        def experts(
+            p: NativePass, x: torch.Tensor, ids: torch.Tensor, slots: Mapping[int, torch.Tensor]
+        ) -> torch.Tensor:
+            pages = {e: page_of_block(layout, slot) for e, slot in slots.items()}
+            return self.experts(task, pages)(p, x, ids)
 
         return experts
 

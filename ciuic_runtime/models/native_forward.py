@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ciuic_runtime.memory.buffers import Buffers
 from ciuic_runtime.memory.kv_cache import KVCache
 from ciuic_runtime.models.batch import Batch
 from ciuic_runtime.models.forward import MLA_NORM_EPS
-from ciuic_runtime.models.native_pages import NativePage
+from ciuic_runtime.models.layout import PageLayout
+from ciuic_runtime.models.native_pages import NativePage, page_of_block
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.ops.native import kernels
 from ciuic_runtime.ops.rope import rope_frequencies, rope_table, softmax_scale
@@ -32,6 +34,7 @@ class NativePass:
 
 TaskFunction = Callable[..., Any]  # (NativePass, *inputs) -> output
 ExpertsFunction = Callable[[NativePass, torch.Tensor, torch.Tensor], torch.Tensor]
+SlotExpertsFunction = Callable[[NativePass, torch.Tensor, torch.Tensor, Mapping[int, torch.Tensor]], torch.Tensor]
 CombineFunction = Callable[[NativePass, torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
 
 
@@ -91,6 +94,32 @@ class NativeForward:
             return out
 
         experts.pages = pages  # type: ignore[attr-defined]  # kept alive as long as their addresses are
+        return experts
+
+    def experts_in_slots(self, task: Task, layout: PageLayout) -> SlotExpertsFunction:
+        """(token, k) rows of those of a layer's experts whose slots are given: expert -> uint8 [nbytes] of its page.
+        Rows of others are left as they are, so that experts can be computed as they come."""
+        num_experts, hidden, run = task.num_experts, self.spec.hidden_size, self.operators.experts
+        offsets = np.array([layout.part(r).offset for r in ("gate_proj", "up_proj", "down_proj")])
+        shape: Any = None
+        addresses = np.zeros((num_experts, 3), np.int64)
+        table = addresses.ctypes.data
+
+        def experts(
+            p: NativePass, x: torch.Tensor, ids: torch.Tensor, slots: Mapping[int, torch.Tensor]
+        ) -> torch.Tensor:
+            nonlocal shape
+            if shape is None:
+                shape = self._mlp_weights(page_of_block(layout, next(iter(slots.values()))))
+            k = ids.shape[1]
+            out = self.buffers.get("expert_rows", p.rows * k, hidden)
+            for e, slot in slots.items():
+                addresses[e] = offsets + slot.data_ptr()
+            run(shape, table, num_experts, x.data_ptr(), ids.data_ptr(), p.rows, k, out.data_ptr())
+            for e in slots:
+                addresses[e] = 0
+            return out
+
         return experts
 
     def combine(self, task: Task) -> CombineFunction:

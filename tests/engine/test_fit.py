@@ -46,10 +46,18 @@ def test_a_model_larger_than_memory_is_refused_before_its_weights_are_read(
     from ciuic_runtime.models.safetensors_checkpoint import SafetensorsCheckpoint
 
     monkeypatch.setattr(SafetensorsCheckpoint, "load", lambda *a: pytest.fail("a weight was read"))
-    with pytest.raises(ciuic.OutOfMemory) as refused:
-        ciuic.LLM(tiny_v3, devices=limited(here, weights // 2))
-    assert "\n" not in str(refused.value)
-    assert "cpu" in str(refused.value)
+    for settings in ({"paged": False}, {"dtype": "float32"}, {"kernels": "reference"}):
+        with pytest.raises(ciuic.OutOfMemory) as refused:
+            ciuic.LLM(tiny_v3, devices=limited(here, weights // 2), **settings)
+        assert "\n" not in str(refused.value)
+        assert "cpu" in str(refused.value) or "native kernels" in str(refused.value)
+
+
+def test_less_than_the_largest_page_is_refused_with_what_would_do(
+    tiny_v3: Path, here: ciuic.Topology, weights: int
+) -> None:
+    with pytest.raises(ciuic.OutOfMemory, match=r"needs at least .* one page at a time .* would hold everything"):
+        ciuic.LLM(tiny_v3, devices=limited(here, weights // 20), max_model_len=64, max_num_seqs=1)
 
 
 def test_the_budget_counts_weights_cache_and_working_memory(tiny_v3: Path, here: ciuic.Topology, weights: int) -> None:
@@ -60,8 +68,12 @@ def test_the_budget_counts_weights_cache_and_working_memory(tiny_v3: Path, here:
     spec = ciuic.Model(tiny_v3).spec
     assert need >= weights + spec.kv_bytes_per_token() * 2 * 500
     plan(ciuic.Model(tiny_v3), here, workload=work, memory={"cpu": need})
+    paged = plan(ciuic.Model(tiny_v3), here, workload=work, memory={"cpu": need - 1})
+    assert paged.paging is not None
+    assert paged.paging.cache_bytes == weights - 1
+    no_disk = here.only(d.name for d in here.compute_devices)
     with pytest.raises(ciuic.OutOfMemory):
-        plan(ciuic.Model(tiny_v3), here, workload=work, memory={"cpu": need - 1})
+        plan(ciuic.Model(tiny_v3), no_disk, workload=work, memory={"cpu": need - 1})
 
 
 def test_requests_queue_when_the_cache_is_small(tiny_v3: Path, here: ciuic.Topology) -> None:

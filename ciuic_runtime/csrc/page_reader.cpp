@@ -1,0 +1,216 @@
+// Reads pages from files into memory on threads of its own, past the page cache, without Python's lock. Pages are cut
+// into pieces, so that one page that is waited for is read by all threads at once. Knows addresses, no page names, and
+// checks nothing but that all bytes came.
+#include <fcntl.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+namespace nb = nanobind;
+
+namespace {
+
+double now() {  // as Python's time.perf_counter()
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+struct Job {
+    int64_t ticket;
+    int direct, plain;  // descriptors of the same file; direct is -1 where the file system refuses O_DIRECT
+    int64_t offset, nbytes;
+    uint8_t* into;
+    bool urgent;
+    int64_t claimed = 0, done = 0;  // bytes
+    int64_t missing = 0;            // bytes that the file no longer has
+    int error = 0;                  // errno of the first piece that failed
+    double start = 0, end = 0;
+};
+
+// A finished read: ticket, errno, bytes missing, when its first piece began and its last one ended.
+using Done = std::tuple<int64_t, int, int64_t, double, double>;
+
+class PageReader {
+  public:
+    PageReader(int threads, int64_t piece_nbytes) : piece_(piece_nbytes) {
+        if (threads < 1 || piece_nbytes < 4096 || piece_nbytes % 4096)
+            throw std::invalid_argument("at least one thread, and pieces of a multiple of 4096 bytes");
+        for (int i = 0; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    }
+
+    ~PageReader() { stop(); }
+
+    // What was not begun is dropped; returns when nothing is written to any more.
+    void stop() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            stop_ = true;
+        }
+        work_.notify_all();
+        done_cv_.notify_all();
+        for (auto& w : workers_)
+            if (w.joinable()) w.join();
+    }
+
+    int64_t submit(int direct, int plain, int64_t offset, int64_t nbytes, uintptr_t into, bool urgent) {
+        if (nbytes <= 0) throw std::invalid_argument("a read has at least one byte");
+        auto job = std::make_unique<Job>();
+        Job* j = job.get();
+        j->direct = direct, j->plain = plain, j->offset = offset, j->nbytes = nbytes, j->urgent = urgent;
+        j->into = reinterpret_cast<uint8_t*>(into);
+        int64_t ticket;
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            ticket = j->ticket = next_ticket_++;
+            jobs_[ticket] = std::move(job);
+            (urgent ? urgent_ : later_).push_back(j);
+        }
+        work_.notify_all();
+        return ticket;  // the job may have ended already, and be gone
+    }
+
+    // Before all that is not urgent.
+    void promote(int64_t ticket) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        auto found = jobs_.find(ticket);
+        if (found == jobs_.end() || found->second->urgent) return;
+        found->second->urgent = true;
+        if (take(later_, found->second.get())) urgent_.push_back(found->second.get());
+    }
+
+    // Whether it was taken back: not once a byte of it has been asked for.
+    bool cancel(int64_t ticket) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        auto found = jobs_.find(ticket);
+        if (found == jobs_.end() || found->second->claimed) return false;
+        take(found->second->urgent ? urgent_ : later_, found->second.get());
+        jobs_.erase(found);
+        return true;
+    }
+
+    // Reads that have finished since the last call; where there are none, the first to finish within `seconds`.
+    std::vector<Done> finished(double seconds) {
+        std::vector<Done> result;
+        if (seconds <= 0 && !any_done_.load(std::memory_order_acquire)) return result;
+        nb::gil_scoped_release unlocked;
+        std::unique_lock<std::mutex> lock(mutex_);
+        if (seconds > 0)
+            done_cv_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return !done_.empty() || stop_; });
+        result.swap(done_);
+        any_done_.store(false, std::memory_order_release);
+        return result;
+    }
+
+    int64_t in_flight() {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return static_cast<int64_t>(jobs_.size());
+    }
+
+    // Bytes that had to be read through the page cache.
+    int64_t plain_nbytes() const { return plain_nbytes_.load(); }
+
+  private:
+    static bool take(std::deque<Job*>& queue, Job* job) {
+        for (auto it = queue.begin(); it != queue.end(); ++it)
+            if (*it == job) return queue.erase(it), true;
+        return false;
+    }
+
+    void work() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            work_.wait(lock, [&] { return stop_ || !urgent_.empty() || !later_.empty(); });
+            if (stop_) return;
+            auto& queue = urgent_.empty() ? later_ : urgent_;
+            Job* j = queue.front();
+            const int64_t at = j->claimed, n = std::min(piece_, j->nbytes - at);
+            j->claimed += n;
+            if (j->claimed == j->nbytes) queue.pop_front();
+            if (at == 0) j->start = now();
+            const bool give_up = j->error != 0;
+            lock.unlock();
+            int64_t missing = 0;
+            const int error = give_up ? 0 : read(*j, at, n, missing);
+            lock.lock();
+            if (error && !j->error) j->error = error;
+            j->missing += missing;
+            j->done += n;
+            if (j->done == j->nbytes) {
+                done_.emplace_back(j->ticket, j->error, j->missing, j->start, now());
+                any_done_.store(true, std::memory_order_release);
+                jobs_.erase(j->ticket);
+                done_cv_.notify_all();
+            }
+        }
+    }
+
+    // One piece; 0 or an errno.
+    int read(Job& j, int64_t at, int64_t n, int64_t& missing) {
+        int file = j.direct >= 0 ? j.direct : j.plain;
+        int64_t got = 0;
+        while (got < n) {
+            const ssize_t r = pread(file, j.into + at + got, n - got, j.offset + at + got);
+            if (r > 0) {
+                got += r;
+            } else if (r == 0) {
+                missing = n - got;
+                break;
+            } else if (errno == EINVAL && file == j.direct) {
+                file = j.plain;  // some file systems accept the flag and refuse the read
+            } else if (errno != EINTR) {
+                return errno;
+            }
+        }
+        if (file == j.plain) {
+            plain_nbytes_ += got;
+#ifdef POSIX_FADV_DONTNEED
+            posix_fadvise(file, j.offset + at, got, POSIX_FADV_DONTNEED);  // it is held in a slot: not here as well
+#endif
+        }
+        return 0;
+    }
+
+    const int64_t piece_;
+    std::mutex mutex_;
+    std::condition_variable work_, done_cv_;
+    std::deque<Job*> urgent_, later_;  // with pieces that nobody has claimed
+    std::unordered_map<int64_t, std::unique_ptr<Job>> jobs_;
+    std::vector<Done> done_;
+    std::vector<std::thread> workers_;
+    std::atomic<bool> any_done_{false};
+    std::atomic<int64_t> plain_nbytes_{0};
+    int64_t next_ticket_ = 1;
+    bool stop_ = false;
+};
+
+}  // namespace
+
+NB_MODULE(_page_reader, m) {
+    nb::class_<PageReader>(m, "PageReader")
+        .def(nb::init<int, int64_t>(), nb::arg("threads"), nb::arg("piece_nbytes"))
+        .def("submit", &PageReader::submit)
+        .def("promote", &PageReader::promote)
+        .def("cancel", &PageReader::cancel)
+        .def("finished", &PageReader::finished)
+        .def("stop", &PageReader::stop, nb::call_guard<nb::gil_scoped_release>())
+        .def_prop_ro("in_flight", &PageReader::in_flight)
+        .def_prop_ro("plain_nbytes", &PageReader::plain_nbytes);
+}

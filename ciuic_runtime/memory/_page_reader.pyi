@@ -1,0 +1,17 @@
+class PageReader:
+    """Threads that read files into memory, several reads at once, urgent ones first."""
+
+    def __init__(self, threads: int, piece_nbytes: int) -> None: ...
+    def submit(self, direct: int, plain: int, offset: int, nbytes: int, into: int, urgent: bool, /) -> int:
+        """direct, plain: descriptors (direct -1: O_DIRECT is refused); into: an address. Returns a ticket."""
+    def promote(self, ticket: int, /) -> None: ...
+    def cancel(self, ticket: int, /) -> bool:
+        """Whether it was taken back before anything was read."""
+    def finished(self, seconds: float, /) -> list[tuple[int, int, int, float, float]]:
+        """(ticket, errno, bytes missing at the file's end, start, end) of each; waits so long for the first."""
+    def stop(self) -> None: ...
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def plain_nbytes(self) -> int:
+        """Bytes that were read through the page cache, since the file system refused O_DIRECT."""

@@ -1,0 +1,92 @@
+"""Where a device's slots lie: one range of addresses on the host, whose memory comes when it is first written and goes
+back when it is discarded; blocks of the backend elsewhere. Knows bytes, not what is in them."""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+from typing import Protocol
+
+import torch
+
+from ciuic_runtime.devices.backend import PAGE, Backend
+from ciuic_runtime.devices.errors import OutOfMemory
+from ciuic_runtime.devices.units import format_bytes
+
+_HUGE = 2 << 20  # bytes of a huge page
+_LEAST = 1 << 30  # bytes of address space taken at once
+
+
+class Arena(Protocol):
+    """Hands out memory that keeps its address until it is discarded."""
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes], page aligned from one page upwards."""
+
+    def discard(self, slot: torch.Tensor) -> bool:
+        """The memory goes back to the device. Whether the slot can be used again, with whatever content."""
+
+
+class HostArena:
+    """Address space is reserved in large ranges; huge pages back it where the system has them."""
+
+    def __init__(self, reserve: int = _LEAST) -> None:
+        """`reserve`: bytes that will probably be taken in all; more can be."""
+        self._reserve = max(reserve, _LEAST)
+        self._range: torch.Tensor | None = None
+        self._used = 0
+        self._mapped: list[tuple[int, mmap.mmap]] = []  # address, mapping
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        size = -(-nbytes // 64) * 64 if nbytes < PAGE else -(-nbytes // PAGE) * PAGE
+        if nbytes >= PAGE:
+            self._used = -(-self._used // PAGE) * PAGE
+        if self._range is None or self._used + size > self._range.numel():
+            self._range, self._used = self._map(max(self._reserve, size)), 0
+        slot = self._range[self._used : self._used + nbytes]
+        self._used += size
+        return slot
+
+    def discard(self, slot: torch.Tensor) -> bool:
+        address = slot.data_ptr()
+        begin, mapped = next(m for m in self._mapped if 0 <= address - m[0] < len(m[1]))
+        first, end = -(-(address - begin) // PAGE) * PAGE, (address - begin + slot.numel()) // PAGE * PAGE
+        if end > first and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED, first, end - first)
+        return True
+
+    def _map(self, nbytes: int) -> torch.Tensor:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        try:
+            mapped = mmap.mmap(-1, nbytes + _HUGE, flags=flags)
+        except OSError as error:
+            raise OutOfMemory(
+                f"the system refuses {format_bytes(nbytes)} of address space ({error.strerror}); ask for a smaller "
+                "memory budget, or allow this process more (ulimit -v)", need=nbytes,
+            ) from error  # fmt: skip
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a system without huge pages: smaller ones do
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(mapped, dtype=torch.uint8)
+        self._mapped.append((whole.data_ptr(), mapped))
+        start = -whole.data_ptr() % _HUGE
+        return whole[start : start + nbytes]
+
+
+class BackendArena:
+    """Slots one by one from a backend whose memory is its own."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        return self._backend.allocate(nbytes)
+
+    def discard(self, slot: torch.Tensor) -> bool:
+        self._backend.free(slot)
+        return False
+
+
+def arena_of(backend: Backend | None, reserve: int) -> Arena:
+    """The arena of a device; None stands for the host."""
+    return HostArena(reserve) if backend is None or backend.host_memory else BackendArena(backend)

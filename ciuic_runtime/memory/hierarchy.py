@@ -1,0 +1,439 @@
+"""`MemoryHierarchy`: the pages of a model between disk and a device's memory, within a budget of bytes.
+Carries out what `schedulers/residency.py` decides: slots from the pool, reads by the source, checksums on arrival."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from ciuic_runtime.devices.backend import Backend
+from ciuic_runtime.devices.cpu import discover_cpus
+from ciuic_runtime.devices.errors import CiuicError, InvalidInput, OutOfMemory
+from ciuic_runtime.devices.units import format_bytes, parse_bytes
+from ciuic_runtime.memory.paging import PagingReport, Stalls
+from ciuic_runtime.memory.pool import TensorPool, slot_size
+from ciuic_runtime.memory.source import Finished, PageSource, page_source
+from ciuic_runtime.model import Model
+from ciuic_runtime.models.checkpoint import Checkpoint, open_checkpoint
+from ciuic_runtime.models.layout import KERNEL_FORMATS
+from ciuic_runtime.schedulers.graph import Page, Phase, TaskGraph
+from ciuic_runtime.schedulers.policies.cache import cache_policy
+from ciuic_runtime.schedulers.residency import Cancel, Command, Evict, PageFacts, Promote, Read, Residency, Where
+
+log = logging.getLogger("ciuic")
+
+Pages = str | Page | Iterable[str | Page]
+OnRead = Callable[[str, int, float, float], None]  # page, bytes, start, end
+_LOOK = 0.25  # s between two looks at Ctrl-C while waiting
+
+
+def page_facts(graph: TaskGraph) -> list[PageFacts]:
+    """Every page of a graph once, in the order of a forward pass."""
+    facts: dict[str, PageFacts] = {}
+    for place, task in enumerate(graph):
+        for i, page in enumerate(task.pages):
+            liked = task.popularity[i] if task.popularity else 0.0
+            facts.setdefault(page.name, PageFacts(page.name, page.nbytes, place, bool(task.num_experts), liked))
+    return list(facts.values())
+
+
+class MemoryHierarchy:
+    """Disk and the memory of one device. Names, sizes and places of pages are those of the model's graph.
+
+    A pass holds the hierarchy from `begin_step` to `end_step`; calls of other threads wait for its end. Where a page
+    lies, and in what order pages came, changes nothing of what is in them."""
+
+    def __init__(
+        self,
+        model: str | Path | Checkpoint | None = None,
+        *,
+        memory: Mapping[str, str | int] | None = None,
+        format: str = "auto",
+        cache_policy: str = "auto",
+        io_threads: int | None = None,
+        graph: TaskGraph | None = None,
+        backend: Backend | None = None,
+        reserved: int = 0,
+        source: PageSource | None = None,
+    ) -> None:
+        """`memory`: the device's budget, such as {"cpu": "12GiB"}, of which `reserved` bytes are used for other things
+        than pages; None: as much as there is. `graph`: the model's, if it was made already. Without a model it knows no
+        pages."""
+        self.device = backend.spec.name if backend else "cpu"
+        self._lock = threading.RLock()
+        self._backend, self.reserved = backend, reserved
+        self._source = source
+        self.on_read: OnRead = lambda page, nbytes, start, end: None
+        self.graph: TaskGraph | None = None
+        facts: list[PageFacts] = []
+        if model is not None:
+            checkpoint = open_checkpoint(model) if isinstance(model, (str, Path)) else model
+            known = Model(checkpoint.path, format, checkpoint.spec)
+            if known.format not in KERNEL_FORMATS:
+                raise InvalidInput(
+                    f"{known.spec.name} in {known.format} is not held in pages; formats that are: "
+                    + ", ".join(KERNEL_FORMATS)
+                )
+            self.graph = graph or known.graph
+            self._source = source or page_source(checkpoint, known.format, io_threads)
+            facts = page_facts(self.graph)
+        self.policy, policy = _policy(cache_policy)
+        self._number = {p.name: i for i, p in enumerate(facts)}
+        total = sum(slot_size(p.nbytes) for p in facts)
+        budget = self._budget_for_pages(facts, memory, total)
+        self.pool = TensorPool(budget, backend, reserve=total)
+        self.state = Residency(facts, budget, policy)
+        self._slots: dict[int, torch.Tensor] = {}  # page -> its slot, uint8 [nbytes]
+        self._tickets: dict[int, int] = {}  # ticket -> page
+        self._ticket_of: dict[int, int] = {}
+        self._arrived: list[int] = []  # pages that somebody waits for and that have come
+        self._stalls = Stalls()
+        self._bytes_read = self.evictions = 0
+        self._open: Iterator[list[int]] | None = None  # holds what `slot` had to wait for
+        self._said_slower = False
+        self.report = PagingReport()
+
+    # What people ask
+
+    @property
+    def pages(self) -> dict[str, int]:
+        """Bytes of every page."""
+        return {p.name: p.nbytes for p in self.state.pages}
+
+    @property
+    def budget(self) -> int:
+        """Bytes for pages."""
+        return self.state.budget
+
+    @property
+    def minimum(self) -> int:
+        """Bytes for pages below which nothing can be computed."""
+        return self.state.minimum
+
+    def where(self, page: str | Page) -> str:
+        """The device that holds the page now, or "disk"."""
+        [number] = self._numbers(page)
+        return self.device if self.state.where[number] == Where.RESIDENT else "disk"
+
+    def holders(self, page: str | Page) -> int:
+        """How many use the page at this moment."""
+        [number] = self._numbers(page)
+        return self.state.held[number]
+
+    def is_in_device_memory(self, pages: Pages) -> bool:
+        """Whether all of them can be computed with now."""
+        return all(self.state.where[n] == Where.RESIDENT for n in self._numbers(pages))
+
+    def move_to_device(self, pages: Pages, device: str = "CPU") -> None:
+        """Reads what is not there. They stay as long as the policy has no better use for the room; `pin` keeps them.
+
+        Raises OutOfMemory where they do not fit together."""
+        self._check_device(device)
+        numbers = self._numbers(pages)
+        with self._lock:
+            self._check_room(numbers)
+            for ready in self.take(numbers):
+                del ready
+
+    def prefetch(self, pages: Pages) -> None:
+        """They will be needed soon: reading begins, and is not waited for."""
+        numbers = self._numbers(pages)
+        with self._lock:
+            self._poll()
+            self._do(self.state.expect(numbers))
+
+    def pin(self, pages: Pages) -> None:
+        """Loads them and keeps them until `unpin`, whatever the policy says."""
+        numbers = self._numbers(pages)
+        with self._lock:
+            self._check_room(sorted({*numbers, *(n for n, pinned in enumerate(self.state.pinned) if pinned)}))
+            for n in numbers:
+                self._do(self.state.pin(n))
+            self.move_to_device(pages, self.device)
+
+    def unpin(self, pages: Pages) -> None:
+        with self._lock:
+            for n in self._numbers(pages):
+                self._do(self.state.pin(n, False))
+
+    def evict(self, pages: Pages) -> None:
+        """Frees their slots, of those that nobody holds or has pinned."""
+        with self._lock:
+            self._poll()
+            for n in self._numbers(pages):
+                self._do(self.state.evict(n))
+
+    def set_budget(self, device: str, nbytes: str | int) -> None:
+        """The device's budget from now on, in the sense of `--memory`; lower ones give memory back at once.
+
+        Raises InvalidInput, with the least that would do, where nothing could be computed any more."""
+        self._check_device(device)
+        with self._lock:
+            budget = parse_bytes(nbytes) - self.reserved
+            pinned = sum(p.nbytes for p, pin in zip(self.state.pages, self.state.pinned, strict=True) if pin)
+            self._check_minimum(budget, pinned)
+            free = sum(d.memory_free_bytes or 0 for d in discover_cpus())
+            if budget > self.state.budget and budget - self.pool.memory().used > free:
+                raise InvalidInput(
+                    f"a budget of {format_bytes(budget + self.reserved)} was asked for on {self.device}, where "
+                    f"{format_bytes(self.pool.memory().used + self.reserved + free)} can be had; ask for less"
+                )
+            lower = budget < self.state.budget
+            if not lower:
+                self.pool.budget = budget
+            self._do(self.state.set_budget(budget))
+            if lower:
+                self.pool.budget = budget
+
+    # What a pass does
+
+    def number(self, page: str) -> int:
+        return self._number[page]
+
+    def begin_reading(self, progress: Callable[[int, int], None]) -> None:
+        """Before the first pass: where everything fits it is loaded, else what every pass needs begins to be read."""
+        with self._lock:
+            total, every = sum(p.nbytes for p in self.state.pages), range(len(self.state.pages))
+            self.state.begin_step()
+            if total > self.state.budget:
+                self.expect(n for n in every if not self.state.pages[n].routed)
+                return
+            done = 0
+            for ready in self.take(every):
+                done += sum(self.state.pages[n].nbytes for n in ready)
+                progress(done, total)
+            self.report.begin(self.state.counts, self._bytes_read, self._stalls)
+
+    def begin_step(self, scanning: bool = False) -> None:
+        self._lock.acquire()
+        try:
+            self._poll()
+            self.state.begin_step(scanning)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def end_step(self, phase: Phase, tokens: int, complete: bool = True) -> None:
+        """Whatever happened, nobody holds anything after this."""
+        try:
+            if complete:
+                self._let_go()
+            else:
+                self._open = None
+                self._arrived.clear()
+                self._do(self.state.abandon())
+            self.report.add(phase, tokens, self.state.counts, self._bytes_read, self._stalls)
+        finally:
+            self._lock.release()
+
+    def slot(self, page: int) -> torch.Tensor:
+        """The page's slot, which stays until the next is asked for; waits for it if need be."""
+        self._let_go()
+        if self.state.where[page] == Where.RESIDENT:
+            self.state.touch(page)
+            return self._slots[page]
+        self._open = self.take([page])
+        next(self._open)
+        return self._slots[page]
+
+    def take(self, pages: Sequence[int]) -> Iterator[list[int]]:
+        """Pages of one place: those that are there, then the others as they come. Each list is held until the next is
+        asked for."""
+        self._let_go()
+        self._poll()
+        ready, commands = self.state.need(pages)
+        self._do(commands)
+        left = len(pages)
+        while left:
+            if ready:
+                yield ready
+                left -= len(ready)
+                self._do(self.state.release(ready))
+            ready = self._arrived or (self._wait() if left else [])
+            self._arrived = []
+
+    def _let_go(self) -> None:
+        """Of the page that `slot` had to wait for."""
+        if self._open is not None:
+            held, self._open = self._open, None
+            for _ in held:
+                pass
+
+    def expect(self, pages: Iterable[int]) -> None:
+        """They will probably be needed, in this order."""
+        commands = self.state.expect(pages)
+        if commands:
+            self._do(commands)
+
+    def expect_certain(self, pages: Sequence[int]) -> None:
+        """As `expect`, of pages that every pass needs and that are mostly there."""
+        where = self.state.where
+        if missing := [n for n in pages if where[n] == Where.ABSENT]:
+            self.expect(missing)
+
+    def slot_of(self, page: int) -> torch.Tensor:
+        """Of a page that is there."""
+        return self._slots[page]
+
+    @property
+    def stalled(self) -> float:
+        """Seconds that passes have waited so far, checking included."""
+        return self._stalls.total
+
+    def close(self) -> None:
+        """Waits for reads that are under way; gives the memory back."""
+        with self._lock:
+            if self._source is not None:
+                self._source.close()
+            self._slots.clear()
+            self.pool.clear()
+
+    # Carrying out
+
+    def _do(self, commands: Iterable[Command]) -> None:
+        work = list(commands)
+        while work:
+            more: list[Command] = []
+            for command in work:
+                if isinstance(command, Read):
+                    self._read(command)
+                elif isinstance(command, Evict):
+                    self.evictions += 1
+                    self.pool.free(self._slots.pop(command.page))
+                elif isinstance(command, Promote):
+                    self._source_of().promote(self._ticket_of[command.page])
+                elif isinstance(command, Cancel) and self._source_of().cancel(self._ticket_of[command.page]):
+                    del self._tickets[self._ticket_of.pop(command.page)]
+                    self.pool.free(self._slots.pop(command.page))
+                    more += self.state.cancelled(command.page)
+            work = more
+
+    def _read(self, command: Read) -> None:
+        page = self.state.pages[command.page]
+        slot = self._slots[command.page] = self.pool.allocate(page.nbytes)
+        ticket = self._source_of().submit(page.name, slot, command.urgent)
+        self._tickets[ticket], self._ticket_of[command.page] = command.page, ticket
+
+    def _poll(self) -> None:
+        """Takes in what has arrived meanwhile."""
+        if self._tickets:
+            self._take_in(self._source_of().finished(0))
+
+    def _wait(self) -> list[int]:
+        """Pages that are waited for and that have come: at least one."""
+        while not self._arrived:
+            if not self._tickets:
+                raise self._too_little()
+            begin, for_room = perf_counter(), self.state.starved
+            found = self._source_of().finished(_LOOK)
+            waited = perf_counter() - begin
+            if for_room:
+                self._stalls.room += waited
+            else:
+                self._stalls.disk += waited
+            self._take_in(found)
+        return self._arrived
+
+    def _take_in(self, found: Sequence[Finished]) -> None:
+        """Reads that have ended; raises the first error when all of them have been seen to."""
+        errors = [error for done in found if (error := self._take_in_one(done))]
+        if errors:
+            raise errors[0]
+
+    def _take_in_one(self, done: Finished) -> CiuicError | None:
+        page = self._tickets.pop(done.ticket)
+        del self._ticket_of[page]
+        facts = self.state.pages[page]
+        if error := done.error or self._check(page):
+            self.pool.free(self._slots.pop(page))
+            self._do(self.state.failed(page))
+            return error
+        self._bytes_read += facts.nbytes
+        self.on_read(facts.name, facts.nbytes, done.start, done.end)
+        wanted, commands = self.state.arrived(page)
+        if wanted:
+            self._arrived.append(page)
+        self._do(commands)
+        return None
+
+    def _check(self, page: int) -> CiuicError | None:
+        begin = perf_counter()
+        try:
+            self._source_of().check(self.state.pages[page].name, self._slots[page])
+        except CiuicError as error:
+            return error
+        finally:
+            self._stalls.verify += perf_counter() - begin
+        if not self._said_slower and (why := self._source_of().slower):
+            self._said_slower = True
+            log.warning("%s", why)
+        return None
+
+    # What can be refused
+
+    def _source_of(self) -> PageSource:
+        assert self._source is not None, "there are no pages without a model"
+        return self._source
+
+    def _numbers(self, pages: Pages) -> list[int]:
+        given = [pages] if isinstance(pages, (str, Page)) else list(pages)
+        names = [page.name if isinstance(page, Page) else page for page in given]
+        if strange := [name for name in names if name not in self._number]:
+            known = (
+                f"pages are like {next(iter(self._number))}" if self._number else "give it a model, or use llm.memory"
+            )
+            raise InvalidInput(f"page {strange[0]!r} is not known to this hierarchy; {known}")
+        return [self._number[name] for name in names]
+
+    def _check_device(self, device: str) -> None:
+        if device.lower() != self.device.partition(":")[0] and device != self.device:
+            raise InvalidInput(f"{device!r} was asked for; this hierarchy has pages on {self.device} and on disk only")
+
+    def _check_room(self, numbers: Sequence[int]) -> None:
+        need = sum(self.state.pages[n].nbytes for n in numbers)
+        if need > self.state.budget:
+            raise OutOfMemory(
+                f"{len(numbers)} pages need {format_bytes(need)} on {self.device}, which has "
+                f"{format_bytes(self.state.budget)} for pages; move fewer at a time, or raise the budget",
+                need=need, capacity=self.state.budget,
+            )  # fmt: skip
+
+    def _check_minimum(self, budget: int, pinned: int = 0) -> None:
+        least = self.state.minimum + pinned
+        if budget < least:
+            raise _below_minimum(self.device, budget + self.reserved, least + self.reserved, self.state.pages)
+
+    def _too_little(self) -> OutOfMemory:
+        need, budget = self.state.minimum + self.reserved, self.state.budget + self.reserved
+        return _below_minimum(self.device, budget, need, self.state.pages)
+
+    def _budget_for_pages(self, facts: list[PageFacts], memory: Mapping[str, str | int] | None, total: int) -> int:
+        """Bytes: what was asked for, else what there is; never more than all pages take."""
+        for device in memory or {}:
+            self._check_device(device)
+        if memory:
+            budget = parse_bytes(next(iter(memory.values()))) - self.reserved
+        else:
+            budget = sum(d.memory_free_bytes or d.memory_bytes for d in discover_cpus()) - self.reserved
+        largest = max((slot_size(p.nbytes) for p in facts), default=0)
+        if budget < largest:
+            raise _below_minimum(self.device, budget + self.reserved, largest + self.reserved, facts)
+        return min(budget, total) if facts else budget
+
+
+def _below_minimum(device: str, given: int, least: int, pages: Sequence[PageFacts]) -> OutOfMemory:
+    whole = sum(p.nbytes for p in pages)
+    return OutOfMemory(
+        f"{format_bytes(max(0, given))} on {device} are too little: the least is {format_bytes(least)} "
+        f"(one page at a time, the largest has {format_bytes(max(p.nbytes for p in pages))}), and all pages take "
+        f"{format_bytes(whole)}; give more (--memory {device}=...), or take a smaller format",
+        need=least, capacity=max(0, given),
+    )  # fmt: skip
+
+
+_policy = cache_policy  # the constructor's argument has the same name

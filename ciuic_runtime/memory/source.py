@@ -1,0 +1,186 @@
+"""Where pages come from when a slot wants them: a packed folder, read past the page cache by threads of C++; any other
+checkpoint, whose pages are gathered and packed by threads of Python. Knows no budget and decides no order."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from time import perf_counter
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ciuic_runtime.devices.errors import CiuicError, InvalidInput
+from ciuic_runtime.memory.page_store import PageStore
+from ciuic_runtime.models.checkpoint import Checkpoint
+from ciuic_runtime.models.pages import fill_page
+
+if TYPE_CHECKING:
+    from ciuic_runtime.memory._page_reader import PageReader
+    from ciuic_runtime.models.packed_checkpoint import PackedCheckpoint
+
+# Eight threads that read half a megabyte at a time were as fast as any other number and size that were tried, and a
+# twentieth faster than whole pages (benchmarks/results, paging).
+IO_THREADS, PIECE_NBYTES = 8, 512 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A read that has ended, well or not."""
+
+    ticket: int
+    error: CiuicError | None
+    start: float  # s, as time.perf_counter()
+    end: float
+
+
+class PageSource(Protocol):
+    """Reads under way are known by tickets. One thread calls; others read."""
+
+    @property
+    def slower(self) -> str:
+        """Why pages come slower than they could, for people; "" where they do not."""
+
+    def submit(self, page: str, into: torch.Tensor, urgent: bool) -> int:
+        """Begins to fill `into` (uint8, on the host); nobody may touch it until the read has finished."""
+
+    def promote(self, ticket: int) -> None:
+        """Somebody waits for it now."""
+
+    def cancel(self, ticket: int) -> bool:
+        """Whether the read was taken back before it began."""
+
+    def finished(self, seconds: float) -> list[Finished]:
+        """Reads that have ended since the last call; waits so long for the first."""
+
+    def check(self, page: str, data: torch.Tensor) -> bool:
+        """Whether it was verified now; raises InvalidInput where the bytes are not this page's."""
+
+    def close(self) -> None:
+        """Returns when nothing is written to any more."""
+
+
+class PackedSource:
+    """Pages of a packed folder. Each is verified when it is first loaded, and again whenever its file has changed."""
+
+    def __init__(self, store: PageStore, threads: int = IO_THREADS) -> None:
+        from ciuic_runtime.memory._page_reader import PageReader
+
+        self._store, self._reader = store, PageReader(threads, PIECE_NBYTES)
+        self._page: dict[int, str] = {}  # ticket -> page
+        self._verified: set[str] = set()
+
+    @property
+    def reader(self) -> PageReader:
+        return self._reader
+
+    @property
+    def slower(self) -> str:
+        if not self._reader.plain_nbytes:
+            return ""
+        return f"the file system of {self._store.path} refuses O_DIRECT: pages are read through the page cache"
+
+    def submit(self, page: str, into: torch.Tensor, urgent: bool) -> int:
+        file, offset = self._store.file_of(page), self._store.offset(page)
+        ticket = self._reader.submit(file.direct, file.plain, offset, into.numel(), into.data_ptr(), urgent)
+        self._page[ticket] = page
+        return ticket
+
+    def promote(self, ticket: int) -> None:
+        self._reader.promote(ticket)
+
+    def cancel(self, ticket: int) -> bool:
+        taken_back = self._reader.cancel(ticket)
+        if taken_back:
+            del self._page[ticket]
+        return taken_back
+
+    def finished(self, seconds: float) -> list[Finished]:
+        return [self._finished(*done) for done in self._reader.finished(seconds)]
+
+    def _finished(self, ticket: int, errno: int, missing: int, start: float, end: float) -> Finished:
+        page = self._page.pop(ticket)
+        error: CiuicError | None = None
+        if errno:
+            error = self._store.file_of(page).why_failed(page, os.strerror(errno))
+        elif missing:
+            error = self._store.file_of(page).why_short(page, missing)
+        return Finished(ticket, error, start, end)
+
+    def check(self, page: str, data: torch.Tensor) -> bool:
+        if page in self._verified and self._store.file_of(page).unchanged():
+            return False
+        self._store.verify(page, data)
+        self._verified.add(page)
+        return True
+
+    def close(self) -> None:
+        self._reader.stop()
+
+
+class RepackingSource:
+    """Pages of a checkpoint that holds tensors: each is gathered from them and packed as it is loaded, every time."""
+
+    def __init__(self, checkpoint: Checkpoint, format: str, threads: int = 2) -> None:
+        self._checkpoint, self._format = checkpoint, format
+        self._pool = ThreadPoolExecutor(threads, "repack", torch.set_num_threads, (1,))
+        self._done: SimpleQueue[Finished] = SimpleQueue()
+        self._work: dict[int, Future[None]] = {}
+        self._next = 1
+
+    @property
+    def slower(self) -> str:
+        path = self._checkpoint.path
+        return (
+            f"{path} is not packed: each page is gathered and packed anew whenever it is read; try: ciuic pack {path}"
+        )
+
+    def submit(self, page: str, into: torch.Tensor, urgent: bool) -> int:
+        ticket, self._next = self._next, self._next + 1
+        self._work[ticket] = self._pool.submit(self._fill, ticket, page, into)
+        return ticket
+
+    def promote(self, ticket: int) -> None:
+        """Pages come in the order in which they were asked for."""
+
+    def cancel(self, ticket: int) -> bool:
+        taken_back = self._work[ticket].cancel()
+        if taken_back:
+            del self._work[ticket]
+        return taken_back
+
+    def finished(self, seconds: float) -> list[Finished]:
+        found: list[Finished] = []
+        try:
+            found.append(self._done.get(timeout=seconds) if seconds > 0 else self._done.get_nowait())
+            while True:
+                found.append(self._done.get_nowait())
+        except Empty:
+            for done in found:
+                self._work.pop(done.ticket, None)
+            return found
+
+    def check(self, page: str, data: torch.Tensor) -> bool:
+        return False
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _fill(self, ticket: int, page: str, into: torch.Tensor) -> None:
+        start, error = perf_counter(), None
+        try:
+            fill_page(self._checkpoint, page, self._format, into)
+        except CiuicError as raised:
+            error = raised
+        except Exception as raised:
+            error = InvalidInput(f"{self._checkpoint.path}: page {page} cannot be packed: {raised}")
+        self._done.put(Finished(ticket, error, start, perf_counter()))
+
+
+def page_source(checkpoint: Checkpoint, format: str, io_threads: int | None = None) -> PageSource:
+    if checkpoint.spec.packed:
+        packed: PackedCheckpoint = checkpoint  # type: ignore[assignment]
+        return PackedSource(packed.store, io_threads or IO_THREADS)
+    return RepackingSource(checkpoint, format, io_threads or 2)

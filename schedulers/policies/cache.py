@@ -1,0 +1,61 @@
+"""Which routed experts are worth keeping in memory: each policy gives every page a number, and the lowest goes first.
+Policies see how pages were used, nothing else; what must stay, and when room is made, `residency.py` decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ciuic_runtime.devices.errors import InvalidInput
+
+Values = npt.NDArray[np.float64]  # [pages]
+
+
+@dataclass(frozen=True)
+class PageUse:
+    """How pages were used so far, a row for each."""
+
+    last: Values  # step of the last use; -1: never
+    uses: Values  # uses, each counting half as much as one HALF_LIFE steps later
+    order: Values  # place in a forward pass, from 0
+    popularity: Values  # expected uses per token by a recording; 0 where there is none
+
+
+CachePolicy = Callable[[PageUse], Values]
+HALF_LIFE = 1024  # steps; long against the noise of counting, short against a conversation that changes its subject
+
+
+def lru(use: PageUse) -> Values:
+    """Least recently used goes first. Scans larger than the cache get no hit at all."""
+    return use.last
+
+
+def lfu(use: PageUse) -> Values:
+    """Least frequently used goes first, where old uses fade."""
+    return use.uses
+
+
+def popularity(use: PageUse) -> Values:
+    """The most popular of a recording stay; without a recording, `pin`."""
+    return use.popularity if use.popularity.any() else pin(use)
+
+
+def pin(use: PageUse) -> Values:
+    """A fixed set stays, the first of a pass: what a scan of everything, over and over, wants."""
+    return -use.order
+
+
+CACHE_POLICIES: dict[str, CachePolicy] = {"lfu": lfu, "lru": lru, "popularity": popularity, "pin": pin}
+
+
+def cache_policy(name: str) -> tuple[str, CachePolicy]:
+    """The policy of that name; "auto" is `lfu`, which is within a point of the best on stationary routing
+    (`ciuic replay` says which is best for a recording)."""
+    if name == "auto":
+        name = "lfu"
+    if name not in CACHE_POLICIES:
+        raise InvalidInput(f"cache policy {name!r} is not one of auto, {', '.join(CACHE_POLICIES)}")
+    return name, CACHE_POLICIES[name]

@@ -1,0 +1,325 @@
+"""Which pages are in memory: a state machine that takes events and returns what is to be read and evicted.
+Knows pages as numbers, bytes and order; no threads, no clock, no files, so that every race is a list in a test."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from ciuic_runtime.schedulers.policies.cache import HALF_LIFE, CachePolicy, PageUse, lfu
+
+
+@dataclass(frozen=True, slots=True)
+class PageFacts:
+    """What a page is, as far as keeping it is concerned."""
+
+    name: str
+    nbytes: int
+    place: int  # in a forward pass; pages that are needed at the same time have the same
+    routed: bool = False  # needed by some tokens only; all others are needed in every pass
+    popularity: float = 0.0  # expected uses per token
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Fill a slot with the page; `arrived` or `failed` follows."""
+
+    page: int
+    urgent: bool  # somebody waits for it
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Its slot is free."""
+
+    page: int
+
+
+@dataclass(frozen=True, slots=True)
+class Promote:
+    """A read that is under way has become urgent."""
+
+    page: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """A read under way is not wanted any more; `cancelled` follows if it could be taken back."""
+
+    page: int
+
+
+Command = Read | Evict | Promote | Cancel
+
+
+class Where(IntEnum):
+    ABSENT = 0
+    LOADING = 1
+    RESIDENT = 2
+
+
+@dataclass(slots=True)
+class Counts:
+    """Uses of pages: a hit was in memory before anybody asked, a miss had to be read, ahead of time or not."""
+
+    hits: int = 0
+    misses: int = 0
+    routed_hits: int = 0
+    routed_misses: int = 0
+
+
+class Residency:
+    """Pages within a budget of bytes. A page that is needed is held from when it is there until it is released; held
+    pages are not evicted, expected ones only for somebody who waits.
+
+    Eviction: of routed pages the one that the policy values least, but during a scan (a pass that touches nearly all of
+    them) the one whose next use is farthest, which is Belady's choice when everything is used in turn; pages that
+    every pass needs go last, again by their next use."""
+
+    def __init__(self, pages: Sequence[PageFacts], budget: int, policy: CachePolicy = lfu) -> None:
+        self.pages, self.policy = tuple(pages), policy
+        self.places = max((p.place for p in pages), default=0) + 1
+        self.used = 0  # bytes of what is there or on its way
+        self._num_resident = 0
+        self.where = [Where.ABSENT] * len(pages)
+        self.counts = Counts()
+        self.scanning = False
+        self.step = 0
+        self.held = [0] * len(pages)
+        self.pinned = [False] * len(pages)
+        self._fresh = [False] * len(pages)  # read since its last use
+        self._place = np.array([p.place for p in pages], dtype=np.int64)
+        self._routed = np.array([p.routed for p in pages], dtype=bool)
+        self._idle = np.zeros(len(pages), dtype=bool)  # resident and not held
+        self._expected = np.zeros(len(pages), dtype=bool)
+        self._group: dict[int, list[int]] = {}  # place -> expected pages
+        self._wanted: set[int] = set()  # needed, not there yet
+        self._urgent: deque[int] = deque()  # wanted, without room so far
+        self._later: deque[int] = deque()  # expected, without room so far
+        self._position = 0
+        zeros = np.zeros(len(pages))
+        self.use = PageUse(zeros - 1, zeros.copy(), self._place.astype(float), np.array([p.popularity for p in pages]))
+        self._weight = 1.0  # of one use now, in `use.uses`: grows, so that old uses need not be touched to fade
+        self._keys: np.ndarray | None = None  # what eviction goes by, until something is used
+        self.budget = budget
+
+    @property
+    def minimum(self) -> int:
+        """Bytes below which a pass cannot be made: the largest page."""
+        return max((p.nbytes for p in self.pages), default=0)
+
+    @property
+    def whole(self) -> bool:
+        """Everything is there."""
+        return self._num_resident == len(self.pages)
+
+    @property
+    def starved(self) -> bool:
+        """Whoever waits, waits for room: nothing that is wanted is on its way."""
+        return bool(self._urgent) and not any(self.where[p] == Where.LOADING for p in self._wanted)
+
+    # Events
+
+    def begin_step(self, scanning: bool = False) -> None:
+        """A pass begins; `scanning`: it will use nearly all routed pages."""
+        self.step, self.scanning, self._position, self._keys = self.step + 1, scanning, 0, None
+        self._weight *= 2.0 ** (1.0 / HALF_LIFE)
+        if self._weight > 1e100:
+            self.use.uses[:] /= self._weight
+            self._weight = 1.0
+
+    def need(self, pages: Sequence[int]) -> tuple[list[int], list[Command]]:
+        """Pages of one place are needed: those that are there, held from now on, and commands. The others are held, and
+        named by `arrived`, when they come."""
+        commands: list[Command] = []
+        ready = []
+        for p in pages:
+            self._touch(p)
+            if self.where[p] == Where.RESIDENT:
+                self._hold(p)
+                ready.append(p)
+                continue
+            self._wanted.add(p)
+            if self.where[p] == Where.LOADING:
+                commands.append(Promote(p))
+            else:
+                self._urgent.append(p)
+        if pages:
+            self._position = self.pages[pages[0]].place
+            commands += self._forget(self._position)
+        return ready, commands + self._fill()
+
+    def expect(self, pages: Iterable[int]) -> list[Command]:
+        """Pages that will probably be needed soon, in the order in which they will."""
+        for p in pages:
+            if self._expected[p] or p in self._wanted:
+                continue
+            self._expected[p] = True
+            self._group.setdefault(self.pages[p].place, []).append(p)
+            if self.where[p] == Where.ABSENT:
+                self._later.append(p)
+        return self._fill() if self._later else []
+
+    def arrived(self, page: int) -> tuple[bool, list[Command]]:
+        """A read has ended well: whether somebody waits for the page, who then holds it; and commands."""
+        assert self.where[page] == Where.LOADING, f"{self.pages[page].name} arrived without having been asked for"
+        self.where[page] = Where.RESIDENT
+        self._num_resident += 1
+        wanted = page in self._wanted
+        if wanted:
+            self._wanted.discard(page)
+            self.held[page] += 1
+        else:
+            self._settle(page)
+            self._fresh[page] = True
+        return wanted, self._fill()
+
+    def failed(self, page: int) -> list[Command]:
+        """A read has failed: the page is not there."""
+        self._forget_read(page)
+        self._wanted.discard(page)
+        return self._fill()
+
+    def cancelled(self, page: int) -> list[Command]:
+        """A read was taken back before it began."""
+        self._forget_read(page)
+        return self._fill()
+
+    def release(self, pages: Iterable[int]) -> list[Command]:
+        """Whoever needed them is done."""
+        for p in pages:
+            assert self.held[p] > 0, f"{self.pages[p].name} is released and nobody holds it"
+            self.held[p] -= 1
+            self._settle(p)
+        return self._fill() if self._urgent or self._later or self.used > self.budget else []
+
+    def touch(self, page: int) -> None:
+        """A use of a page that is there, by somebody who is done before the next event."""
+        self._touch(page)
+        self._position = self.pages[page].place
+
+    def set_budget(self, budget: int) -> list[Command]:
+        """At once as far as nobody holds what must go, the rest as it is released."""
+        self.budget = budget
+        return self._fill()
+
+    def pin(self, page: int, pinned: bool = True) -> list[Command]:
+        """A pinned page stays once it is there, until it is not pinned any more."""
+        self.pinned[page] = pinned
+        self._settle(page)
+        return [] if pinned else self._fill()
+
+    def evict(self, page: int) -> list[Command]:
+        """By hand; nothing where the page is held or not there."""
+        return [self._evict(page)] if self._idle[page] else []
+
+    def abandon(self) -> list[Command]:
+        """A pass did not come to its end: nobody holds or wants anything any more."""
+        for p, count in enumerate(self.held):
+            if count:
+                self.held[p] = 0
+                self._settle(p)
+        self._wanted.clear()
+        self._urgent.clear()
+        commands: list[Command] = []
+        for place in list(self._group):
+            commands += self._forget(place)
+        return commands + self._fill()
+
+    # Decisions
+
+    def _fill(self) -> list[Command]:
+        """Reads what is asked for as far as there is room, or room can be made; and makes up for a lowered budget."""
+        commands: list[Command] = []
+        self._make_room(0, True, commands)
+        while self._urgent and self._make_room(self.pages[self._urgent[0]].nbytes, True, commands):
+            commands.append(self._read(self._urgent.popleft(), True))
+        while self._later and not self._urgent:
+            p = self._later[0]
+            if self._expected[p] and self.where[p] == Where.ABSENT:
+                if not self._make_room(self.pages[p].nbytes, False, commands):
+                    break
+                commands.append(self._read(p, False))
+            self._later.popleft()
+        return commands
+
+    def _make_room(self, nbytes: int, urgent: bool, commands: list[Command]) -> bool:
+        """Whether there is room for so many bytes, after evicting what may go."""
+        while self.used + nbytes > self.budget:
+            victim = self._victim(urgent)
+            if victim is None:
+                return False
+            commands.append(self._evict(victim))
+        return True
+
+    def _victim(self, urgent: bool) -> int | None:
+        """Step 1: a routed page that nobody expects. Step 2: a page of every pass. Step 3: for somebody who waits, an
+        expected one."""
+        if self._keys is None:
+            self._keys = self._worth()
+        free = self._idle & ~self._expected
+        for candidates in (free & self._routed, free & ~self._routed, self._idle if urgent else None):
+            if candidates is not None and candidates.any():
+                return int(np.where(candidates, self._keys, np.inf).argmin())
+        return None
+
+    def _worth(self) -> np.ndarray:
+        """What each page's place in memory is worth now; smallest goes first."""
+        nearness = -((self._place - self._position - 1) % self.places).astype(float)  # what was just used comes last
+        valued = self.policy(self.use)
+        if self.scanning:  # by next use; among pages of one place by the policy
+            low, high = valued.min(), valued.max()
+            return nearness + ((valued - low) / (high - low) * 0.5 if high > low else 0.0)
+        return np.where(self._routed, valued, nearness)
+
+    def _evict(self, page: int) -> Evict:
+        self.where[page] = Where.ABSENT
+        self._num_resident -= 1
+        self._idle[page] = self._fresh[page] = False
+        if self._expected[page]:  # it will be asked for again
+            self._expected[page] = False
+            self._group[self.pages[page].place].remove(page)
+        self.used -= self.pages[page].nbytes
+        return Evict(page)
+
+    def _read(self, page: int, urgent: bool) -> Read:
+        self.where[page] = Where.LOADING
+        self.used += self.pages[page].nbytes
+        return Read(page, urgent)
+
+    def _forget_read(self, page: int) -> None:
+        assert self.where[page] == Where.LOADING, f"no read of {self.pages[page].name} is under way"
+        self.where[page] = Where.ABSENT
+        self.used -= self.pages[page].nbytes
+
+    def _forget(self, place: int) -> list[Command]:
+        """What was expected at a place is needed by now, or was expected in vain."""
+        commands: list[Command] = []
+        for p in self._group.pop(place, ()):
+            self._expected[p] = False
+            if self.where[p] == Where.LOADING and p not in self._wanted:
+                commands.append(Cancel(p))
+        return commands
+
+    def _hold(self, page: int) -> None:
+        self.held[page] += 1
+        self._idle[page] = False
+
+    def _settle(self, page: int) -> None:
+        self._idle[page] = self.where[page] == Where.RESIDENT and not self.held[page] and not self.pinned[page]
+
+    def _touch(self, page: int) -> None:
+        miss = self._fresh[page] or self.where[page] != Where.RESIDENT
+        self._fresh[page] = False
+        counts, routed = self.counts, self.pages[page].routed
+        counts.misses += miss
+        counts.hits += not miss
+        counts.routed_misses += routed and miss
+        counts.routed_hits += routed and not miss
+        self.use.last[page] = self.step
+        self.use.uses[page] += self._weight
+        self._keys = None
