@@ -1,9 +1,9 @@
 """Writes models with random weights for the benchmarks, fast: one pool of random blocks is laid over every tensor, each
-time from another place. For us packed or as a bf16 checkpoint, for the peer (llama.cpp) as GGUF in Q4_0.
+time from another place. For us packed or as a bf16 checkpoint, for the peer (llama.cpp) as GGUF in Q4_0 or BF16.
 
     python benchmarks/make_model.py packed OUT [--format int4] [--shape deepseek-v2-lite] [--layers N] [--seed 0]
     python benchmarks/make_model.py bf16 OUT --layers 6
-    python benchmarks/make_model.py gguf OUT.gguf
+    python benchmarks/make_model.py gguf OUT.gguf [--type q4_0]
 
 Weights have mean zero and standard deviation 0.02, norms are one, routers 0.05; embeddings are 5, so that tokens stay
 different through all layers and the experts they choose are uniform: `routing.py` counts them."""
@@ -192,26 +192,24 @@ def _write_bf16(file: BinaryIO, tensor: TensorSpec, pool: Pool, random: np.rando
 # The peer's
 
 
-def write_gguf(config: dict[str, Any], out: Path, seed: int) -> None:
-    """GGUF of a DeepSeek-V2-Lite-like model: every matrix in Q4_0 (what `llama-quantize --pure` makes), the expansion
-    split into keys and values, one entry for all experts of a layer, names as llama.cpp reads them."""
+def write_gguf(config: dict[str, Any], out: Path, seed: int, kind: str) -> None:
+    """GGUF of a DeepSeek-V2-Lite-like model: every matrix in Q4_0 (what `llama-quantize --pure` makes) or BF16, the
+    expansion split into keys and values, one entry for all experts of a layer, names as llama.cpp reads them."""
     spec = read_config(config, out.stem)
     if spec.family != "deepseek_v2" or spec.mla is None or spec.mla.q_rank is not None or spec.moe is None:
         raise InvalidInput(f"{spec.name}: only the shape of DeepSeek-V2-Lite is written as GGUF")
     random = np.random.default_rng(seed)
-    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType.Q4_0]
-    count = POOL_BYTES // nbytes
-    blocks = np.concatenate([np.zeros((count, 2), np.uint8), nibbles(random, count * 16).reshape(count, 16)], axis=1)
-    scaled = {std: _with_scale(blocks, std / UNIFORM_STD[4]) for std in (STD, EMBEDDING_STD)}
-    pools = {std: Pool(b, seed) for std, b in scaled.items()}
+    stored_as, file_type = {"q4_0": (GGMLQuantizationType.Q4_0, 2), "bf16": (GGMLQuantizationType.BF16, 32)}[kind]
+    block, nbytes = GGML_QUANT_SIZES[stored_as]
+    pools = {std: Pool(_gguf_blocks(kind, random, std), seed) for std in (STD, EMBEDDING_STD)}
     entries = list(_gguf_tensors(spec))
     writer = GGUFWriter(out, "deepseek2")
-    _gguf_fields(writer, spec)
-    for name, shape, kind in entries:
-        if kind == "matrix":
+    _gguf_fields(writer, spec, file_type)
+    for name, shape, what in entries:
+        if what == "matrix":
             size = int(np.prod(shape)) // block * nbytes
             stored = (*shape[:-1], shape[-1] // block * nbytes)
-            writer.add_tensor_info(name, stored, np.dtype(np.uint8), size, raw_dtype=GGMLQuantizationType.Q4_0)
+            writer.add_tensor_info(name, stored, np.dtype(np.uint8), size, raw_dtype=stored_as)
         else:
             writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)))
     writer.write_header_to_file()
@@ -220,10 +218,10 @@ def write_gguf(config: dict[str, Any], out: Path, seed: int) -> None:
     assert writer.fout is not None
     file = writer.fout[0]
     file.write(bytes(-file.tell() % writer.data_alignment))
-    for name, shape, kind in entries:
-        if kind == "ones":
+    for name, shape, what in entries:
+        if what == "ones":
             file.write(np.ones(shape, np.float32).tobytes())
-        elif kind == "router":
+        elif what == "router":
             file.write((random.standard_normal(shape, dtype=np.float32) * np.float32(ROUTER_STD)).tobytes())
         else:
             pool = pools[EMBEDDING_STD if name == "token_embd.weight" else STD]
@@ -233,10 +231,15 @@ def write_gguf(config: dict[str, Any], out: Path, seed: int) -> None:
     writer.close()
 
 
-def _with_scale(blocks: Bytes, scale: float) -> Bytes:
-    result = blocks.copy()
-    result[:, :2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
-    return result
+def _gguf_blocks(kind: str, random: np.random.Generator, std: float) -> Bytes:
+    """Blocks of random weights with that standard deviation, [num_blocks, block_nbytes]."""
+    if kind == "bf16":
+        return bf16(random.standard_normal(POOL_BYTES // 2, dtype=np.float32) * np.float32(std)).reshape(-1, 2)
+    _, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType.Q4_0]
+    count = POOL_BYTES // nbytes
+    blocks = np.concatenate([np.zeros((count, 2), np.uint8), nibbles(random, count * 16).reshape(count, 16)], axis=1)
+    blocks[:, :2] = np.frombuffer(np.float16(std / UNIFORM_STD[4]).tobytes(), np.uint8)
+    return blocks
 
 
 def _gguf_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...], str]]:
@@ -271,7 +274,7 @@ def _gguf_mlp(
         yield f"{prefix}ffn_{role}{suffix}.weight", (*stack, *shape), "matrix"
 
 
-def _gguf_fields(w: GGUFWriter, spec: ModelSpec) -> None:
+def _gguf_fields(w: GGUFWriter, spec: ModelSpec, file_type: int) -> None:
     mla, moe, rope = spec.mla, spec.moe, spec.rope
     assert mla is not None, spec.name
     assert moe is not None, spec.name
@@ -303,7 +306,7 @@ def _gguf_fields(w: GGUFWriter, spec: ModelSpec) -> None:
     w.add_value_length(mla.kv_rank)
     w.add_key_length_mla(mla.qk_dim)
     w.add_value_length_mla(mla.value_dim)
-    w.add_file_type(2)  # mostly Q4_0
+    w.add_file_type(file_type)
     w.add_quantization_version(2)
     _gguf_vocabulary(w, spec.vocab_size)
 
@@ -359,7 +362,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", default="deepseek-v2-lite", help="a known name or a config.json")
     parser.add_argument("--layers", type=int, help="as many layers only")
-    parser.add_argument("--format", default="int4", choices=("int4", "int8"))
+    parser.add_argument("--format", default="int4", choices=("int4", "int8", "bfloat16"), help="of packed")
+    parser.add_argument("--type", default="q4_0", choices=("q4_0", "bf16"), help="of gguf")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     config = read_shape(args.shape, args.layers)
@@ -368,7 +372,7 @@ def main() -> None:
     write: dict[str, Callable[[], None]] = {
         "packed": lambda: write_packed(config, args.out, args.seed, args.format),
         "bf16": lambda: write_bf16(config, args.out, args.seed),
-        "gguf": lambda: write_gguf(config, args.out, args.seed),
+        "gguf": lambda: write_gguf(config, args.out, args.seed, args.type),
     }
     begin = time.perf_counter()
     try:

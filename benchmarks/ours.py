@@ -10,11 +10,13 @@ import os
 import random
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from limited import MemoryLimit
 from process import Memory, memory_of
 
 
@@ -31,6 +33,8 @@ class Step:
 class Run:
     steps: tuple[Step, ...]
     token_ids: tuple[tuple[int, ...], ...]  # new ones of each prompt
+    first_token_s: float  # of the first prompt
+    paging: dict[str, dict[str, Any]]  # phase -> what was read and waited for; empty where everything is in memory
     seconds_by_kind: dict[str, dict[str, float]]  # phase -> kind of task -> s
 
     def rate(self, phase: str, sequences: int) -> float:
@@ -46,9 +50,11 @@ class Run:
 
 
 class Ours:
-    def __init__(self, model: str | Path, **settings: Any) -> None:
-        """`settings` are those of `LLM`."""
+    def __init__(self, model: str | Path, limit: MemoryLimit | None = None, **settings: Any) -> None:
+        """`settings` are those of `LLM`; `limit` is enforced by the system."""
         command = [sys.executable, __file__, str(model), json.dumps(settings)]
+        command = limit.command(command) if limit else command
+        self.begin = time.monotonic()
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready = self._answer()  # vocab_size, load_s
 
@@ -65,7 +71,10 @@ class Ours:
         print(json.dumps(request), file=self._child.stdin, flush=True)
         answer = self._answer()
         steps = tuple(Step(*s) for s in answer["steps"])
-        return Run(steps, tuple(map(tuple, answer["token_ids"])), answer["seconds_by_kind"])
+        return Run(
+            steps, tuple(map(tuple, answer["token_ids"])), answer["first_token_s"], answer["paging"] or {},
+            answer["seconds_by_kind"],
+        )  # fmt: skip
 
     def prompts(self, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
         """Random token ids."""
@@ -100,7 +109,11 @@ def _serve(model: str, settings: dict[str, Any]) -> None:
     import ciuic_runtime as ciuic
 
     with ciuic.LLM(model, **settings) as llm:
-        print(json.dumps({"vocab_size": llm.model.spec.vocab_size, "load_s": llm.load_s}), file=answers, flush=True)
+        ready = {
+            "vocab_size": llm.model.spec.vocab_size, "load_s": llm.load_s,
+            "cache_bytes": llm.schedule.paging.cache_bytes if llm.schedule.paging else 0,
+        }  # fmt: skip
+        print(json.dumps(ready), file=answers, flush=True)
         for line in sys.stdin:
             request = json.loads(line)
             params = [
@@ -114,6 +127,8 @@ def _serve(model: str, settings: dict[str, Any]) -> None:
             answer = {
                 "steps": [(s.phase, s.tokens, s.sequences, s.start, s.end) for s in trace.steps],
                 "token_ids": [list(o.token_ids) for o in outputs],
+                "first_token_s": outputs[0].first_token_s,
+                "paging": llm.paging.to_dict() if llm.paging else None,
                 "seconds_by_kind": {p: trace.seconds_by_kind(p) for p in ("prefill", "decode")},
             }
             print(json.dumps(answer), file=answers, flush=True)

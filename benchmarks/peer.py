@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from limited import MemoryLimit
 from process import Finished, run_watched
 from rounds import Measured, Report, Sample, common_arguments, take_turns
 
@@ -57,6 +58,19 @@ class Peer:
         )  # fmt: skip
         [row] = _rows(done)
         return Sample(row["speed_tg"], {"peak": done.peak, "seconds": done.seconds})
+
+    def limited(self, limit: MemoryLimit, tokens: int, prompt: int, repeats: int) -> tuple[float, float]:
+        """Decode and prefill rates with the file mapped, under a limit smaller than the file. The first repeat finds
+        nothing in memory and does not count."""
+        program = str(self.folder / "llama-bench")
+        fixed = ["-m", str(self.gguf), "-t", str(self.threads), "-fa", "on", "-lm", "mmap", "-o", "jsonl"]
+        # Not repacked: a repacked copy would stand in memory beside the mapped file.
+        rates = []
+        for options in (["-p", "0", "-n", str(tokens)], ["-p", str(prompt), "-n", "0"]):
+            done = run_watched(limit.command([program, *fixed, *options, "-r", str(repeats + 1), "--repack", "0"]))
+            [row] = _rows(done)
+            rates.append(statistics.median(row["samples_ts"][1:]))
+        return rates[0], rates[1]
 
     def peak_memory(self, mapped: bool) -> int:
         """Bytes, of a short run; mapped: the file and the repacked copy of its weights both count while in memory."""

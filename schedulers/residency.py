@@ -29,7 +29,7 @@ class Read:
     """Fill a slot with the page; `arrived` or `failed` follows."""
 
     page: int
-    urgent: bool  # somebody waits for it
+    order: int = 0  # smaller ones come first; 0: somebody waits for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class Cancel:
     page: int
 
 
+IDLE = 1  # reads under way, below which a disk has time for what may not be needed
 Command = Read | Evict | Promote | Cancel
 
 
@@ -100,6 +101,8 @@ class Residency:
         self._wanted: set[int] = set()  # needed, not there yet
         self._urgent: deque[int] = deque()  # wanted, without room so far
         self._later: deque[int] = deque()  # expected, without room so far
+        self._perhaps: deque[int] = deque()  # may be needed: for when nothing else is read
+        self._num_loading = 0
         self._position = 0
         zeros = np.zeros(len(pages))
         self.use = PageUse(zeros - 1, zeros.copy(), self._place.astype(float), np.array([p.popularity for p in pages]))
@@ -153,21 +156,24 @@ class Residency:
             commands += self._forget(self._position)
         return ready, commands + self._fill()
 
-    def expect(self, pages: Iterable[int]) -> list[Command]:
-        """Pages that will probably be needed soon, in the order in which they will."""
-        for p in pages:
-            if self._expected[p] or p in self._wanted:
-                continue
-            self._expected[p] = True
-            self._group.setdefault(self.pages[p].place, []).append(p)
-            if self.where[p] == Where.ABSENT:
-                self._later.append(p)
-        return self._fill() if self._later else []
+    def expect(self, pages: Iterable[int], perhaps: Iterable[int] = ()) -> list[Command]:
+        """Pages that will be needed soon, in the order in which they will; and some that may be, which are read when
+        nothing else is to be read."""
+        for queue, some in ((self._later, pages), (self._perhaps, perhaps)):
+            for p in some:
+                if self._expected[p] or p in self._wanted:
+                    continue
+                self._expected[p] = True
+                self._group.setdefault(self.pages[p].place, []).append(p)
+                if self.where[p] == Where.ABSENT:
+                    queue.append(p)
+        return self._fill() if self._later or self._perhaps else []
 
     def arrived(self, page: int) -> tuple[bool, list[Command]]:
         """A read has ended well: whether somebody waits for the page, who then holds it; and commands."""
         assert self.where[page] == Where.LOADING, f"{self.pages[page].name} arrived without having been asked for"
         self.where[page] = Where.RESIDENT
+        self._num_loading -= 1
         self._num_resident += 1
         wanted = page in self._wanted
         if wanted:
@@ -178,10 +184,13 @@ class Residency:
             self._fresh[page] = True
         return wanted, self._fill()
 
-    def failed(self, page: int) -> list[Command]:
-        """A read has failed: the page is not there."""
+    def failed(self, page: int, again: bool = False) -> list[Command]:
+        """A read has failed: the page is not there. `again`: it was only stopped, and whoever wants it still does."""
         self._forget_read(page)
-        self._wanted.discard(page)
+        if page in self._wanted and again:
+            self._urgent.append(page)
+        else:
+            self._wanted.discard(page)
         return self._fill()
 
     def cancelled(self, page: int) -> list[Command]:
@@ -195,7 +204,8 @@ class Residency:
             assert self.held[p] > 0, f"{self.pages[p].name} is released and nobody holds it"
             self.held[p] -= 1
             self._settle(p)
-        return self._fill() if self._urgent or self._later or self.used > self.budget else []
+        waiting = self._urgent or self._later or self._perhaps
+        return self._fill() if waiting or self.used > self.budget else []
 
     def touch(self, page: int) -> None:
         """A use of a page that is there, by somebody who is done before the next event."""
@@ -237,14 +247,15 @@ class Residency:
         commands: list[Command] = []
         self._make_room(0, True, commands)
         while self._urgent and self._make_room(self.pages[self._urgent[0]].nbytes, True, commands):
-            commands.append(self._read(self._urgent.popleft(), True))
-        while self._later and not self._urgent:
-            p = self._later[0]
-            if self._expected[p] and self.where[p] == Where.ABSENT:
-                if not self._make_room(self.pages[p].nbytes, False, commands):
-                    break
-                commands.append(self._read(p, False))
-            self._later.popleft()
+            commands.append(self._read(self._urgent.popleft(), 0))
+        for queue, most_loading in ((self._later, len(self.pages)), (self._perhaps, IDLE)):
+            while queue and not self._urgent and self._num_loading < most_loading:
+                p = queue[0]
+                if self._expected[p] and self.where[p] == Where.ABSENT:
+                    if not self._make_room(self.pages[p].nbytes, False, commands):
+                        break
+                    commands.append(self._read(p, 1 + self.step * self.places + self.pages[p].place))
+                queue.popleft()
         return commands
 
     def _make_room(self, nbytes: int, urgent: bool, commands: list[Command]) -> bool:
@@ -286,13 +297,15 @@ class Residency:
         self.used -= self.pages[page].nbytes
         return Evict(page)
 
-    def _read(self, page: int, urgent: bool) -> Read:
+    def _read(self, page: int, order: int) -> Read:
         self.where[page] = Where.LOADING
+        self._num_loading += 1
         self.used += self.pages[page].nbytes
-        return Read(page, urgent)
+        return Read(page, order)
 
     def _forget_read(self, page: int) -> None:
         assert self.where[page] == Where.LOADING, f"no read of {self.pages[page].name} is under way"
+        self._num_loading -= 1
         self.where[page] = Where.ABSENT
         self.used -= self.pages[page].nbytes
 

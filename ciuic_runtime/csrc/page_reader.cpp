@@ -38,7 +38,7 @@ struct Job {
     int direct, plain;  // descriptors of the same file; direct is -1 where the file system refuses O_DIRECT
     int64_t offset, nbytes;
     uint8_t* into;
-    bool urgent;
+    int64_t order;  // smaller ones are read first
     int64_t claimed = 0, done = 0;  // bytes
     int64_t missing = 0;            // bytes that the file no longer has
     int error = 0;                  // errno of the first piece that failed
@@ -70,40 +70,44 @@ class PageReader {
             if (w.joinable()) w.join();
     }
 
-    int64_t submit(int direct, int plain, int64_t offset, int64_t nbytes, uintptr_t into, bool urgent) {
+    int64_t submit(int direct, int plain, int64_t offset, int64_t nbytes, uintptr_t into, int64_t order) {
         if (nbytes <= 0) throw std::invalid_argument("a read has at least one byte");
         auto job = std::make_unique<Job>();
         Job* j = job.get();
-        j->direct = direct, j->plain = plain, j->offset = offset, j->nbytes = nbytes, j->urgent = urgent;
+        j->direct = direct, j->plain = plain, j->offset = offset, j->nbytes = nbytes, j->order = order;
         j->into = reinterpret_cast<uint8_t*>(into);
         int64_t ticket;
         {
             std::lock_guard<std::mutex> lock(mutex_);
             ticket = j->ticket = next_ticket_++;
             jobs_[ticket] = std::move(job);
-            (urgent ? urgent_ : later_).push_back(j);
+            enqueue(j);
         }
         work_.notify_all();
         return ticket;  // the job may have ended already, and be gone
     }
 
-    // Before all that is not urgent.
-    void promote(int64_t ticket) {
+    void promote(int64_t ticket, int64_t order) {
         std::lock_guard<std::mutex> lock(mutex_);
         auto found = jobs_.find(ticket);
-        if (found == jobs_.end() || found->second->urgent) return;
-        found->second->urgent = true;
-        if (take(later_, found->second.get())) urgent_.push_back(found->second.get());
+        if (found == jobs_.end() || found->second->order <= order) return;
+        found->second->order = order;
+        if (take(found->second.get())) enqueue(found->second.get());
     }
 
-    // Whether it was taken back: not once a byte of it has been asked for.
+    // Whether it was taken back before a byte of it was asked for. Else what was not asked for yet is left out, and the
+    // read ends with ECANCELED, unless all of it was under way.
     bool cancel(int64_t ticket) {
         std::lock_guard<std::mutex> lock(mutex_);
         auto found = jobs_.find(ticket);
-        if (found == jobs_.end() || found->second->claimed) return false;
-        take(found->second->urgent ? urgent_ : later_, found->second.get());
-        jobs_.erase(found);
-        return true;
+        if (found == jobs_.end()) return false;
+        Job* j = found->second.get();
+        if (!take(j)) return false;  // no piece is left to be asked for
+        if (j->claimed == 0) return jobs_.erase(found), true;
+        j->error = ECANCELED;
+        j->nbytes = j->claimed;
+        if (j->done == j->nbytes) finish(j);
+        return false;
     }
 
     // Reads that have finished since the last call; where there are none, the first to finish within `seconds`.
@@ -128,22 +132,25 @@ class PageReader {
     int64_t plain_nbytes() const { return plain_nbytes_.load(); }
 
   private:
-    static bool take(std::deque<Job*>& queue, Job* job) {
-        for (auto it = queue.begin(); it != queue.end(); ++it)
-            if (*it == job) return queue.erase(it), true;
-        return false;
+    void enqueue(Job* job) {  // behind those of the same order
+        const auto after = [](const Job* a, const Job* b) { return a->order < b->order; };
+        queue_.insert(std::upper_bound(queue_.begin(), queue_.end(), job, after), job);
+    }
+
+    bool take(Job* job) {
+        const auto at = std::find(queue_.begin(), queue_.end(), job);
+        return at != queue_.end() && (queue_.erase(at), true);
     }
 
     void work() {
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
-            work_.wait(lock, [&] { return stop_ || !urgent_.empty() || !later_.empty(); });
+            work_.wait(lock, [&] { return stop_ || !queue_.empty(); });
             if (stop_) return;
-            auto& queue = urgent_.empty() ? later_ : urgent_;
-            Job* j = queue.front();
+            Job* j = queue_.front();
             const int64_t at = j->claimed, n = std::min(piece_, j->nbytes - at);
             j->claimed += n;
-            if (j->claimed == j->nbytes) queue.pop_front();
+            if (j->claimed == j->nbytes) queue_.pop_front();
             if (at == 0) j->start = now();
             const bool give_up = j->error != 0;
             lock.unlock();
@@ -153,13 +160,15 @@ class PageReader {
             if (error && !j->error) j->error = error;
             j->missing += missing;
             j->done += n;
-            if (j->done == j->nbytes) {
-                done_.emplace_back(j->ticket, j->error, j->missing, j->start, now());
-                any_done_.store(true, std::memory_order_release);
-                jobs_.erase(j->ticket);
-                done_cv_.notify_all();
-            }
+            if (j->done == j->nbytes) finish(j);
         }
+    }
+
+    void finish(Job* j) {
+        done_.emplace_back(j->ticket, j->error, j->missing, j->start, now());
+        any_done_.store(true, std::memory_order_release);
+        jobs_.erase(jobs_.find(j->ticket));
+        done_cv_.notify_all();
     }
 
     // One piece; 0 or an errno.
@@ -191,7 +200,7 @@ class PageReader {
     const int64_t piece_;
     std::mutex mutex_;
     std::condition_variable work_, done_cv_;
-    std::deque<Job*> urgent_, later_;  // with pieces that nobody has claimed
+    std::deque<Job*> queue_;  // with pieces that nobody has claimed, by their order
     std::unordered_map<int64_t, std::unique_ptr<Job>> jobs_;
     std::vector<Done> done_;
     std::vector<std::thread> workers_;

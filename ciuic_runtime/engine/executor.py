@@ -12,7 +12,7 @@ import torch
 
 from ciuic_runtime.devices.backend import Backend
 from ciuic_runtime.devices.cpu import parse_cpu_list
-from ciuic_runtime.engine.paged import Ahead, PagedExperts, PagedFunction
+from ciuic_runtime.engine.paged import Ahead, Guess, PagedExperts, PagedFunction
 from ciuic_runtime.engine.recorder import READ, SAMPLE, WAIT, Recorder
 from ciuic_runtime.engine.weights import load_native, load_tensors
 from ciuic_runtime.memory.hierarchy import MemoryHierarchy
@@ -47,6 +47,7 @@ class _Instruction:
     shares: dict[str, torch.Tensor] = field(default_factory=dict)  # device -> the numbers of its experts
     paged: PagedFunction | None = None  # in place of `function`, where its page lies in a slot
     paged_experts: PagedExperts | None = None  # in place of `experts`
+    routes: PagedExperts | None = None  # of a router: those that it chooses from
     ahead: Ahead | None = None  # what is read ahead from here
     inputs: tuple[tuple[str, str], ...] = ()  # (task, device) of the values that it takes
     last_use: tuple[tuple[str, str], ...] = ()  # values that nobody reads after this
@@ -207,12 +208,14 @@ class LocalExecutor:
             dense = dense[1:] if i.paged else dense
             i.ahead = ahead = Ahead(tuple(dense[:DENSE_AHEAD]))
             layer, last = i.task.layer, (i.task.layer or 0) + self.lookahead
+            i.routes = experts.get(layer) if i.task.kind == "router" and layer is not None else None
             if layer is None or not self.lookahead:
                 continue
             if layer not in begun:
                 guessed = [n for n in experts if n == last or (n < last and not begun)]
                 ahead.guesses = tuple(
-                    (paged[f"layers.{n}.mlp_norm"], paged[f"layers.{n}.router"], experts[n]) for n in guessed
+                    Guess(paged[f"layers.{n}.mlp_norm"], paged[f"layers.{n}.router"], experts[n], n - layer)
+                    for n in guessed
                 )
                 begun.add(layer)
             if i.task.kind == "router":
@@ -261,6 +264,8 @@ class _Run:
             function = i.function if i.paged is None else self._waited(i, i.paged.bound)
             value = self._launch(i, i.device, function, self._pass(i.device), *inputs)
         values[i.task.name, i.device] = value
+        if i.routes is not None:
+            i.routes.ask(value[0])
         if i.task.kind == "router" and self.x.on_routing is not None:
             assert i.task.layer is not None
             self.x.on_routing(i.task.layer, value[0])
@@ -301,7 +306,7 @@ class _Run:
         ids, weights = values[router, home]
         x, inputs = values[x_name, home], [values[name, home] for name in added]
         rows: torch.Tensor | None = None
-        come = paged.come(ids)
+        come = paged.come()
         while True:
             slots = self._waited(i, lambda: next(come, None))
             if slots is None:
@@ -332,11 +337,11 @@ class _Run:
         if self.scanning:
             memory.expect(ahead.scan)
             return
-        for norm, router, experts in ahead.guesses:
-            if norm.is_there and router.is_there:
+        for guess in ahead.guesses:
+            if guess.norm.is_there and guess.router.is_there:
                 p, residual = self._pass(i.device), self.values[i.inputs[-1]]
-                ids, _ = router.peek()(p, norm.peek()(p, residual))
-                memory.expect(experts.numbers(ids))
+                ids, _ = guess.router.peek()(p, guess.norm.peek()(p, residual))
+                memory.expect(*guess.experts.guessed(ids, guess.ahead))
 
     def _fetch(self, name: str, device: str) -> Any:
         """A task's value on a device, copied there the first time it is asked for."""

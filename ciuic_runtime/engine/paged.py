@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ciuic_runtime.memory.hierarchy import MemoryHierarchy
+from ciuic_runtime.memory.hierarchy import MemoryHierarchy, Request
 from ciuic_runtime.models.layout import PageLayout
 from ciuic_runtime.models.native_forward import SlotExpertsFunction, TaskFunction
 from ciuic_runtime.models.native_pages import NativePage, page_of_block
 from ciuic_runtime.schedulers.graph import Task
 from ciuic_runtime.schedulers.residency import Where
 
+SURE = 0.5  # share of right guesses from which on they are read at once
+LEARN = 1 / 64  # weight of the latest guess
 Slots = Mapping[int, torch.Tensor]  # expert -> uint8 [nbytes]
 
 
@@ -56,6 +58,12 @@ class PagedExperts:
         self._memory, self.run = memory, run
         self.pages = [memory.number(page.name) for page in task.pages]  # by expert
         self._expert = {page: e for e, page in enumerate(self.pages)}
+        self._experts_per_token = task.experts_per_token
+        self._right: dict[int, list[float]] = {}  # layers ahead -> share of right guesses by rank, recent ones first
+        self._nbytes = task.pages[0].nbytes
+        self._chosen: list[int] = []  # pages of the experts that the router has chosen
+        self._request: Request | None = None
+        self._guess: dict[int, list[list[int]]] = {}  # layers ahead -> experts by row, most wanted first, in this pass
 
     def numbers(self, ids: torch.Tensor) -> list[int]:
         """The pages of the experts in ids [tokens, k], each once."""
@@ -63,11 +71,52 @@ class PagedExperts:
         chosen: list[int] = ids.flatten().tolist() if len(ids) == 1 else np.unique(ids.numpy()).tolist()
         return [pages[e] for e in chosen]
 
-    def come(self, ids: torch.Tensor) -> Iterator[Slots]:
-        """Slots of the chosen experts: first of those that are there, then of the others as they come."""
+    def guessed(self, ids: torch.Tensor, ahead: int) -> tuple[list[int], list[int]]:
+        """Pages of a guess made so many layers ahead, ids [tokens, k], most wanted first: those of ranks at which
+        guesses are mostly right, and the rest, which are not worth a read that something else could have."""
+        guess = self._guess[ahead] = ids.tolist()
+        sure = [right >= SURE for right in self._right.setdefault(ahead, [1.0] * self._experts_per_token)]
+        pages: dict[int, bool] = {}
+        for row in guess:
+            for e, is_sure in zip(row, sure, strict=True):
+                pages[self.pages[e]] = is_sure or pages.get(self.pages[e], False)
+        return [p for p, is_sure in pages.items() if is_sure], [p for p, is_sure in pages.items() if not is_sure]
+
+    def _learn(self, ids: torch.Tensor) -> None:
+        """How right the guesses were, now that it is known."""
+        rows = ids.tolist()
+        for ahead, guesses in self._guess.items():
+            right = self._right[ahead]
+            for guess, row in zip(guesses, rows, strict=False):  # an abandoned pass may have left another batch's
+                for rank, e in enumerate(guess):
+                    right[rank] += ((e in row) - right[rank]) * LEARN
+        self._guess.clear()
+
+    def ask(self, ids: torch.Tensor) -> None:
+        """The router has chosen: what is not there begins to be read. Where there is little room, only when it is
+        computed: what is held now would be in the way of other pages."""
+        if self._guess:
+            self._learn(ids)
+        self._chosen, memory = self.numbers(ids), self._memory
+        roomy = memory.minimum + 2 * self._nbytes * len(self._chosen) <= memory.budget
+        self._request = memory.ask(self._chosen) if roomy else None
+
+    def come(self) -> Iterator[Slots]:
+        """Slots of the experts that were asked for: first of those that are there, then of the others as they come."""
         memory = self._memory
-        for ready in memory.take(self.numbers(ids)):
+        for ready in memory.come(self._request or memory.ask(self._chosen)):
             yield {self._expert[page]: memory.slot_of(page) for page in ready}
+        self._request = None
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """A later layer's experts, as its router would choose them if the residual stayed as it is."""
+
+    norm: PagedFunction
+    router: PagedFunction
+    experts: PagedExperts
+    ahead: int  # layers
 
 
 @dataclass(slots=True)
@@ -76,4 +125,4 @@ class Ahead:
 
     dense: tuple[int, ...] = ()  # pages that the next tasks need
     scan: tuple[int, ...] = ()  # in a scan: the next layer's experts
-    guesses: tuple[tuple[PagedFunction, PagedFunction, PagedExperts], ...] = ()  # else: a later layer's norm, router
+    guesses: tuple[Guess, ...] = ()  # else

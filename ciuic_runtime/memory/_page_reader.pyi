@@ -1,12 +1,12 @@
 class PageReader:
-    """Threads that read files into memory, several reads at once, urgent ones first."""
+    """Threads that read files into memory, several reads at once, those of smaller order first."""
 
     def __init__(self, threads: int, piece_nbytes: int) -> None: ...
-    def submit(self, direct: int, plain: int, offset: int, nbytes: int, into: int, urgent: bool, /) -> int:
+    def submit(self, direct: int, plain: int, offset: int, nbytes: int, into: int, order: int, /) -> int:
         """direct, plain: descriptors (direct -1: O_DIRECT is refused); into: an address. Returns a ticket."""
-    def promote(self, ticket: int, /) -> None: ...
+    def promote(self, ticket: int, order: int, /) -> None: ...
     def cancel(self, ticket: int, /) -> bool:
-        """Whether it was taken back before anything was read."""
+        """Whether it was taken back before anything was read; else it ends early, with ECANCELED, if it can."""
     def finished(self, seconds: float, /) -> list[tuple[int, int, int, float, float]]:
         """(ticket, errno, bytes missing at the file's end, start, end) of each; waits so long for the first."""
     def stop(self) -> None: ...

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -30,6 +31,14 @@ log = logging.getLogger("ciuic")
 Pages = str | Page | Iterable[str | Page]
 OnRead = Callable[[str, int, float, float], None]  # page, bytes, start, end
 _LOOK = 0.25  # s between two looks at Ctrl-C while waiting
+
+
+@dataclass(slots=True)
+class Request:
+    """Pages that somebody has asked for."""
+
+    left: set[int]  # not handed out yet, or still in use
+    ready: list[int]  # held, to be handed out
 
 
 def page_facts(graph: TaskGraph) -> list[PageFacts]:
@@ -91,7 +100,7 @@ class MemoryHierarchy:
         self._slots: dict[int, torch.Tensor] = {}  # page -> its slot, uint8 [nbytes]
         self._tickets: dict[int, int] = {}  # ticket -> page
         self._ticket_of: dict[int, int] = {}
-        self._arrived: list[int] = []  # pages that somebody waits for and that have come
+        self._asked_by: dict[int, Request] = {}  # page that is waited for -> who asked for it
         self._stalls = Stalls()
         self._bytes_read = self.evictions = 0
         self._open: Iterator[list[int]] | None = None  # holds what `slot` had to wait for
@@ -225,7 +234,7 @@ class MemoryHierarchy:
                 self._let_go()
             else:
                 self._open = None
-                self._arrived.clear()
+                self._asked_by.clear()
                 self._do(self.state.abandon())
             self.report.add(phase, tokens, self.state.counts, self._bytes_read, self._stalls)
         finally:
@@ -237,25 +246,36 @@ class MemoryHierarchy:
         if self.state.where[page] == Where.RESIDENT:
             self.state.touch(page)
             return self._slots[page]
-        self._open = self.take([page])
-        next(self._open)
+        come = self.take([page])
+        next(come)
+        self._open = come
         return self._slots[page]
 
     def take(self, pages: Sequence[int]) -> Iterator[list[int]]:
         """Pages of one place: those that are there, then the others as they come. Each list is held until the next is
         asked for."""
+        return self.come(self.ask(pages))
+
+    def ask(self, pages: Sequence[int]) -> Request:
+        """Pages of one place are needed: they begin to be read, and are held when they are there; `come` hands them
+        out, and must be run to its end."""
         self._let_go()
         self._poll()
         ready, commands = self.state.need(pages)
+        request = Request(set(pages), ready)
+        for page in request.left.difference(ready):
+            self._asked_by[page] = request
         self._do(commands)
-        left = len(pages)
-        while left:
-            if ready:
-                yield ready
-                left -= len(ready)
-                self._do(self.state.release(ready))
-            ready = self._arrived or (self._wait() if left else [])
-            self._arrived = []
+        return request
+
+    def come(self, request: Request) -> Iterator[list[int]]:
+        while request.left:
+            if not request.ready:
+                self._wait(request)
+            ready, request.ready = request.ready, []
+            yield ready
+            request.left.difference_update(ready)
+            self._do(self.state.release(ready))
 
     def _let_go(self) -> None:
         """Of the page that `slot` had to wait for."""
@@ -264,9 +284,9 @@ class MemoryHierarchy:
             for _ in held:
                 pass
 
-    def expect(self, pages: Iterable[int]) -> None:
-        """They will probably be needed, in this order."""
-        commands = self.state.expect(pages)
+    def expect(self, pages: Iterable[int], perhaps: Iterable[int] = ()) -> None:
+        """They will be needed, in this order; and perhaps some others."""
+        commands = self.state.expect(pages, perhaps)
         if commands:
             self._do(commands)
 
@@ -316,7 +336,7 @@ class MemoryHierarchy:
     def _read(self, command: Read) -> None:
         page = self.state.pages[command.page]
         slot = self._slots[command.page] = self.pool.allocate(page.nbytes)
-        ticket = self._source_of().submit(page.name, slot, command.urgent)
+        ticket = self._source_of().submit(page.name, slot, command.order)
         self._tickets[ticket], self._ticket_of[command.page] = command.page, ticket
 
     def _poll(self) -> None:
@@ -324,9 +344,10 @@ class MemoryHierarchy:
         if self._tickets:
             self._take_in(self._source_of().finished(0))
 
-    def _wait(self) -> list[int]:
-        """Pages that are waited for and that have come: at least one."""
-        while not self._arrived:
+    def _wait(self, request: Request) -> None:
+        """Until a page of those that were asked for has come."""
+        self._poll()
+        while not request.ready:
             if not self._tickets:
                 raise self._too_little()
             begin, for_room = perf_counter(), self.state.starved
@@ -337,7 +358,6 @@ class MemoryHierarchy:
             else:
                 self._stalls.disk += waited
             self._take_in(found)
-        return self._arrived
 
     def _take_in(self, found: Sequence[Finished]) -> None:
         """Reads that have ended; raises the first error when all of them have been seen to."""
@@ -349,15 +369,16 @@ class MemoryHierarchy:
         page = self._tickets.pop(done.ticket)
         del self._ticket_of[page]
         facts = self.state.pages[page]
-        if error := done.error or self._check(page):
+        error = done.error or (None if done.cancelled else self._check(page))
+        if error or done.cancelled:
             self.pool.free(self._slots.pop(page))
-            self._do(self.state.failed(page))
+            self._do(self.state.failed(page, again=done.cancelled))
             return error
         self._bytes_read += facts.nbytes
         self.on_read(facts.name, facts.nbytes, done.start, done.end)
         wanted, commands = self.state.arrived(page)
         if wanted:
-            self._arrived.append(page)
+            self._asked_by.pop(page).ready.append(page)
         self._do(commands)
         return None
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from errno import ECANCELED
 from queue import Empty, SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
@@ -34,6 +35,7 @@ class Finished:
     error: CiuicError | None
     start: float  # s, as time.perf_counter()
     end: float
+    cancelled: bool = False  # it was not wanted any more, and its slot is not filled
 
 
 class PageSource(Protocol):
@@ -43,14 +45,15 @@ class PageSource(Protocol):
     def slower(self) -> str:
         """Why pages come slower than they could, for people; "" where they do not."""
 
-    def submit(self, page: str, into: torch.Tensor, urgent: bool) -> int:
-        """Begins to fill `into` (uint8, on the host); nobody may touch it until the read has finished."""
+    def submit(self, page: str, into: torch.Tensor, order: int) -> int:
+        """Begins to fill `into` (uint8, on the host); nobody may touch it until the read has finished. Those of smaller
+        order come first."""
 
     def promote(self, ticket: int) -> None:
-        """Somebody waits for it now."""
+        """Somebody waits for it now: it comes before all that has an order above 0."""
 
     def cancel(self, ticket: int) -> bool:
-        """Whether the read was taken back before it began."""
+        """Whether the read was taken back before it began; else it finishes, perhaps as cancelled."""
 
     def finished(self, seconds: float) -> list[Finished]:
         """Reads that have ended since the last call; waits so long for the first."""
@@ -82,14 +85,14 @@ class PackedSource:
             return ""
         return f"the file system of {self._store.path} refuses O_DIRECT: pages are read through the page cache"
 
-    def submit(self, page: str, into: torch.Tensor, urgent: bool) -> int:
+    def submit(self, page: str, into: torch.Tensor, order: int) -> int:
         file, offset = self._store.file_of(page), self._store.offset(page)
-        ticket = self._reader.submit(file.direct, file.plain, offset, into.numel(), into.data_ptr(), urgent)
+        ticket = self._reader.submit(file.direct, file.plain, offset, into.numel(), into.data_ptr(), order)
         self._page[ticket] = page
         return ticket
 
     def promote(self, ticket: int) -> None:
-        self._reader.promote(ticket)
+        self._reader.promote(ticket, 0)
 
     def cancel(self, ticket: int) -> bool:
         taken_back = self._reader.cancel(ticket)
@@ -103,6 +106,8 @@ class PackedSource:
     def _finished(self, ticket: int, errno: int, missing: int, start: float, end: float) -> Finished:
         page = self._page.pop(ticket)
         error: CiuicError | None = None
+        if errno == ECANCELED:
+            return Finished(ticket, None, start, end, cancelled=True)
         if errno:
             error = self._store.file_of(page).why_failed(page, os.strerror(errno))
         elif missing:
@@ -137,7 +142,7 @@ class RepackingSource:
             f"{path} is not packed: each page is gathered and packed anew whenever it is read; try: ciuic pack {path}"
         )
 
-    def submit(self, page: str, into: torch.Tensor, urgent: bool) -> int:
+    def submit(self, page: str, into: torch.Tensor, order: int) -> int:
         ticket, self._next = self._next, self._next + 1
         self._work[ticket] = self._pool.submit(self._fill, ticket, page, into)
         return ticket
