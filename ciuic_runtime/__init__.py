@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ciuic_runtime.engine.llm import LLM
     from ciuic_runtime.engine.request import RequestOutput
     from ciuic_runtime.engine.sampling import SamplingParams
+    from ciuic_runtime.memory.hierarchy import MemoryHierarchy
+    from ciuic_runtime.memory.pool import TensorPool
     from ciuic_runtime.memory.tensor import CiuicTensor
     from ciuic_runtime.model import Model
     from ciuic_runtime.ops.custom import Cost, CustomOperator, register_operator, unregister_operator
@@ -44,6 +46,8 @@ _HOMES = {
     "LLM": "engine.llm",
     "RequestOutput": "engine.request",
     "SamplingParams": "engine.sampling",
+    "MemoryHierarchy": "memory.hierarchy",
+    "TensorPool": "memory.pool",
     "CiuicTensor": "memory.tensor",
     "Model": "model",
     "Cost": "ops.custom",
@@ -65,9 +69,9 @@ _HOMES = {
 }
 __all__ = [
     "LLM", "Calibration", "CiuicError", "CiuicTensor", "Cost", "CostModel", "CustomOperator", "DeviceManager",
-    "DeviceSpec", "InvalidInput", "Link", "Model", "OutOfMemory", "Placement", "RequestOutput", "SamplingParams",
-    "Schedule", "Task", "TaskGraph", "TaskScheduler", "Topology", "Trace", "Workload", "plan", "policy",
-    "register_operator", "simulate", "unregister_operator",
+    "DeviceSpec", "InvalidInput", "Link", "MemoryHierarchy", "Model", "OutOfMemory", "Placement", "RequestOutput",
+    "SamplingParams", "Schedule", "Task", "TaskGraph", "TaskScheduler", "TensorPool", "Topology", "Trace",
+    "Workload", "plan", "policy", "register_operator", "simulate", "unregister_operator",
 ]  # fmt: skip
 
 

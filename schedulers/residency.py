@@ -105,7 +105,8 @@ class Residency:
         self._num_loading = 0
         self._position = 0
         zeros = np.zeros(len(pages))
-        self.use = PageUse(zeros - 1, zeros.copy(), self._place.astype(float), np.array([p.popularity for p in pages]))
+        liked = np.array([p.popularity for p in pages], dtype=float)
+        self.use = PageUse(zeros - 1, zeros.copy(), self._place.astype(float), liked, zeros.copy())
         self._weight = 1.0  # of one use now, in `use.uses`: grows, so that old uses need not be touched to fade
         self._keys: np.ndarray | None = None  # what eviction goes by, until something is used
         self.budget = budget
@@ -140,7 +141,7 @@ class Residency:
         named by `arrived`, when they come."""
         commands: list[Command] = []
         ready = []
-        for p in pages:
+        for p in dict.fromkeys(pages):
             self._touch(p)
             if self.where[p] == Where.RESIDENT:
                 self._hold(p)
@@ -281,6 +282,7 @@ class Residency:
     def _worth(self) -> np.ndarray:
         """What each page's place in memory is worth now; smallest goes first."""
         nearness = -((self._place - self._position - 1) % self.places).astype(float)  # what was just used comes last
+        self.use.away[:] = -nearness / self.places
         valued = self.policy(self.use)
         if self.scanning:  # by next use; among pages of one place by the policy
             low, high = valued.min(), valued.max()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from hypothesis import settings
 
+from ciuic_runtime.cli import main
 from ciuic_runtime.devices.manager import DeviceManager
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.models.random_checkpoint import write_random_checkpoint
@@ -82,3 +85,29 @@ def two_devices(here: Topology) -> Topology:
         matrix_rates={"float32": 25e12, "bfloat16": 50e12}, basis="estimated",
     )  # fmt: skip
     return Topology((*here.devices, sim))
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        found = json.loads(self.out)
+        assert isinstance(found, dict)
+        return found
+
+
+@pytest.fixture
+def ciuic(capfd: pytest.CaptureFixture[str]):
+    def call(*arguments: object) -> Result:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        code = exit.value.code
+        return Result(code if isinstance(code, int) else 0, out, err)
+
+    return call

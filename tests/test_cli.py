@@ -8,41 +8,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ciuic_runtime.cli import main
 from ciuic_runtime.ops.native import instruction_set
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        found = json.loads(self.out)
-        assert isinstance(found, dict)
-        return found
-
-
-@pytest.fixture
-def ciuic(capfd: pytest.CaptureFixture[str]):
-    def call(*arguments: object) -> Result:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        code = exit.value.code
-        return Result(code if isinstance(code, int) else 0, out, err)
-
-    return call
-
 
 PLAN_FIELDS = {"schema_version", "workload", "model", "devices", "assignments", "predicted", "candidates"}
 RUN_FIELDS = {

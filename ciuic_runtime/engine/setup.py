@@ -71,7 +71,7 @@ def set_up(
     topology = _with_threads(_topology(devices, schedule), config.threads)
     if schedule is not None:
         _check_not_decided_twice(config)
-        if schedule.paging is not None:
+        if any(schedule.topology.device(name).kind == "DISK" for name in schedule.places_used()):
             topology = with_disk(topology, checkpoint.path)
         schedule = replace(schedule, policy="as given", candidates=(), notes=())
         topology = limit_memory(topology, config.memory)

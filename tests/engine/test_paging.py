@@ -1,0 +1,341 @@
+"""Models that are larger than memory: the same bits for every budget, policy and order of arrival, and no wrong token
+whatever goes wrong on the way from disk."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ciuic_runtime as ciuic
+from ciuic_runtime.devices.errors import CiuicError, InvalidInput
+from ciuic_runtime.devices.spec import Topology
+from ciuic_runtime.memory.source import Finished, PageSource
+from ciuic_runtime.models.random_checkpoint import write_random_checkpoint
+from ciuic_runtime.ops.native import kernels
+from ciuic_runtime.packing import pack
+
+pytestmark = pytest.mark.skipif(kernels() is None, reason="the native kernels are not built here")
+
+PROMPT = [5, 250, 17, 99, 3, 42, 200, 7, 31]
+GREEDY = ciuic.SamplingParams(max_tokens=12, ignore_eos=True)
+LLAMA = {
+    "model_type": "llama", "vocab_size": 300, "hidden_size": 144, "intermediate_size": 200, "num_hidden_layers": 6,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def packed_as(checkpoint: Path, folder: Path, format: str) -> Path:
+    pack(checkpoint, folder, format)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def int4(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed_as(tiny_v3, tmp_path_factory.mktemp("packed") / "int4", "int4")
+
+
+class Shuffled:
+    """A source whose reads arrive in another order, and late."""
+
+    def __init__(self, source: PageSource, draw: random.Random) -> None:
+        self._source, self._draw = source, draw
+        self._late: list[Finished] = []
+
+    def finished(self, seconds: float) -> list[Finished]:
+        self._late += self._source.finished(0 if self._late else seconds)
+        self._draw.shuffle(self._late)
+        count = self._draw.randint(1 if seconds > 0 else 0, len(self._late)) if self._late else 0
+        come, self._late = self._late[:count], self._late[count:]
+        return come
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+
+def opened(model: Path, here: Topology, **settings: Any) -> ciuic.LLM:
+    return ciuic.LLM(model, devices=here, max_model_len=128, max_num_seqs=2, **settings)
+
+
+def squeeze(llm: ciuic.LLM, share: float) -> None:
+    """From the minimum (0) to everything (1)."""
+    memory = llm.memory
+    every = sum(memory.pages.values())
+    memory.set_budget("cpu", memory.reserved + memory.minimum + round(share * (every - memory.minimum)))
+
+
+def seen(llm: ciuic.LLM) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
+    """Logits of a prompt, and tokens of a batch of two."""
+    logits = llm.logits(PROMPT)
+    outputs = llm.generate([PROMPT, PROMPT[:1]], GREEDY)
+    return logits, [o.token_ids for o in outputs]
+
+
+def assert_same(found: tuple[torch.Tensor, Any], expected: tuple[torch.Tensor, Any]) -> None:
+    assert torch.equal(found[0], expected[0])
+    assert found[1] == expected[1]
+
+
+@pytest.mark.parametrize("format", ["int4", "int8", "bf16", "raw", "llama"])
+def test_every_budget_gives_the_same_bits(tiny_v3: Path, here: Topology, tmp_path: Path, format: str) -> None:
+    if format == "llama":
+        model = packed_as(write_random_checkpoint(LLAMA, tmp_path / "llama"), tmp_path / "packed", "int8")
+    else:
+        model = tiny_v3 if format == "raw" else packed_as(tiny_v3, tmp_path / "packed", format)
+    with opened(model, here, paged=False) as llm:
+        expected = seen(llm)
+    with opened(model, here, paged=True) as llm:
+        assert_same(seen(llm), expected)
+        assert llm.paging is None
+        for share in (0.8, 0.3, 0.0, 0.5):
+            squeeze(llm, share)
+            assert_same(seen(llm), expected)
+            assert llm.paging is not None
+            memory = llm.memory.pool.memory()
+            assert memory.used + memory.free <= llm.memory.budget
+
+
+@given(
+    share=st.floats(0, 1), policy=st.sampled_from(["lfu", "lru", "pin", "popularity"]), lookahead=st.integers(0, 4),
+    io_threads=st.integers(1, 8), seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_neither_budget_nor_policy_nor_order_of_arrival_changes_a_bit(
+    int4: Path, here: Topology, bits: tuple[torch.Tensor, Any], share: float, policy: str, lookahead: int,
+    io_threads: int, seed: int,
+) -> None:  # fmt: skip
+    with opened(int4, here, cache_policy=policy, lookahead=lookahead, io_threads=io_threads) as llm:
+        squeeze(llm, share)
+        llm.memory._source = Shuffled(llm.memory._source, random.Random(seed))  # type: ignore[assignment, arg-type]
+        assert_same(seen(llm), bits)  # cold
+        assert_same(seen(llm), bits)  # warm
+        assert not any(llm.memory.state.held)
+
+
+@pytest.fixture(scope="module")
+def bits(int4: Path, here: Topology) -> tuple[torch.Tensor, Any]:
+    with opened(int4, here, paged=False) as llm:
+        return seen(llm)
+
+
+def test_a_model_that_does_not_fit_is_planned_and_run_from_disk(int4: Path, here: Topology) -> None:
+    with opened(int4, here) as llm:
+        expected = seen(llm)
+        every, reserved = sum(llm.memory.pages.values()), llm.memory.reserved
+    with opened(int4, here, memory={"cpu": reserved + every // 2}) as llm:
+        assert llm.schedule.paging is not None
+        assert llm.schedule.paging.cache_bytes == every // 2
+        assert {row.home for row in llm.schedule.assignments} == {"cpu", "disk"}
+        assert_same(seen(llm), expected)
+        kinds = {e.kind for e in llm.trace.events}
+        assert {"read", "compute"} <= kinds
+        lanes: dict[str, list[tuple[float, float]]] = {}
+        for e in llm.trace.events:
+            lanes.setdefault(e.lane, []).append((e.start, e.end))
+        for lane, spans in lanes.items():
+            spans.sort()
+            assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans)), f"events overlap on {lane}"
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_the_budget_may_change_at_any_moment_of_a_generation(int4: Path, here: Topology, count: int) -> None:
+    params = ciuic.SamplingParams(max_tokens=100, ignore_eos=True)
+    with opened(int4, here) as llm:
+        expected = llm.generate([PROMPT], params)[0].token_ids
+        draw, changes, done = random.Random(7), [0], threading.Event()
+
+        def change() -> None:
+            while changes[0] < count and not done.is_set():
+                squeeze(llm, draw.random())
+                changes[0] += 1
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        try:
+            while changes[0] < count:
+                assert llm.generate([PROMPT], params)[0].token_ids == expected
+        finally:
+            done.set()
+            thread.join()
+        assert changes[0] == count
+
+
+# Faults
+
+
+@pytest.fixture
+def copy(int4: Path, tmp_path: Path) -> Path:
+    shutil.copytree(int4, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def files_of(model: Path) -> list[Path]:
+    return sorted(model.glob("*.safetensors"))
+
+
+def place_of(llm: ciuic.LLM, page: str) -> tuple[Path, int, int]:
+    store = llm._checkpoint.store  # type: ignore[attr-defined]
+    return store.file_of(page).path, store.offset(page), store.pages[page]
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def assert_goes_on(llm: ciuic.LLM, expected: tuple[torch.Tensor, Any]) -> None:
+    assert not any(llm.memory.state.held)
+    assert_same(seen(llm), expected)
+
+
+def broken(llm: ciuic.LLM, match: str) -> None:
+    with pytest.raises(CiuicError, match=match) as error:
+        seen(llm)
+    assert "\n" not in str(error.value)
+
+
+def test_a_flipped_bit_is_found_also_after_the_page_was_read_before(
+    copy: Path, here: Topology, bits: tuple[torch.Tensor, Any]
+) -> None:
+    with opened(copy, here) as llm:
+        squeeze(llm, 0.0)
+        assert_same(seen(llm), bits)
+        path, offset, _ = place_of(llm, "layers.2.attention")
+        before = path.read_bytes()[offset + 100]
+        overwrite(path, offset + 100, bytes([before ^ 4]))
+        broken(llm, r"layers\.2\.attention does not have the checksum")
+        overwrite(path, offset + 100, bytes([before]))
+        assert_goes_on(llm, bits)
+    overwrite(path, offset + 100, bytes([before ^ 4]))
+    with pytest.raises(InvalidInput, match="is damaged"):
+        opened(copy, here)
+
+
+def test_another_pages_bytes_are_not_taken_for_a_page(
+    copy: Path, here: Topology, bits: tuple[torch.Tensor, Any]
+) -> None:
+    with opened(copy, here) as llm:
+        squeeze(llm, 0.0)
+        path, offset, nbytes = place_of(llm, "layers.2.shared_experts")
+        other, at, other_nbytes = place_of(llm, "layers.3.shared_experts")
+        assert nbytes == other_nbytes
+        mine = path.read_bytes()[offset : offset + nbytes]
+        overwrite(path, offset, other.read_bytes()[at : at + nbytes])
+        broken(llm, r"layers\.2\.shared_experts does not have the checksum")
+        overwrite(path, offset, mine)
+        assert_goes_on(llm, bits)
+
+
+def test_a_file_that_becomes_shorter_is_said_and_one_that_is_replaced_is_not_noticed(
+    copy: Path, here: Topology, bits: tuple[torch.Tensor, Any]
+) -> None:
+    with opened(copy, here) as llm:
+        squeeze(llm, 0.0)
+        last = files_of(copy)[-1]
+        whole = last.read_bytes()
+        os.truncate(last, len(whole) - 8192)
+        broken(llm, "has become shorter")
+        last.write_bytes(whole)
+        assert_goes_on(llm, bits)
+        other = copy.parent / "other"
+        other.write_bytes(b"\0" * len(whole))
+        os.replace(other, last)
+        assert_goes_on(llm, bits)
+
+
+def outcome(llm: ciuic.LLM, expected: tuple[torch.Tensor, Any]) -> str:
+    try:
+        found = seen(llm)
+    except InvalidInput as error:
+        return str(error).rpartition(": ")[2]
+    assert_same(found, expected)
+    return "same"
+
+
+class Failing:
+    """A source whose reads fail for a while."""
+
+    def __init__(self, source: PageSource, fails: Callable[[], bool]) -> None:
+        self._source, self._fails = source, fails
+
+    def finished(self, seconds: float) -> list[Finished]:
+        error = InvalidInput("disk cannot be read: Input/output error")
+        return [
+            Finished(d.ticket, error if self._fails() else d.error, d.start, d.end, d.cancelled)
+            for d in self._source.finished(seconds)
+        ]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+
+def test_a_read_error_ends_the_pass_and_the_next_one_goes_on(
+    int4: Path, here: Topology, bits: tuple[torch.Tensor, Any]
+) -> None:
+    draw = random.Random(1)
+    wrong = True
+    with opened(int4, here) as llm:
+        squeeze(llm, 0.2)
+        llm.memory._source = Failing(llm.memory._source, lambda: wrong and draw.random() < 0.05)  # type: ignore[assignment, arg-type]
+        outcomes = [outcome(llm, bits) for _ in range(30)]
+        assert outcomes.count("Input/output error") > 3
+        assert set(outcomes) <= {"same", "Input/output error"}
+        wrong = False
+        assert_goes_on(llm, bits)
+
+
+def runs(model: Path, here_toml: Path) -> subprocess.Popen[bytes]:
+    command = ["run", model, "--prompt", "Experts", "--max-tokens", "80", "--ignore-eos", "--devices", here_toml]
+    command += ["--memory", "cpu=3MiB"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "ciuic_runtime.cli", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for p in started:
+        if p.poll() is None:
+            p.kill()
+        p.wait()
+
+
+@pytest.mark.slow
+def test_a_killed_run_damages_nothing(copy: Path, here_toml: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    before = {f.name: f.read_bytes() for f in copy.iterdir()}
+    draw = random.Random(3)
+    first = runs(copy, here_toml)
+    processes.append(first)
+    text, error = first.communicate(timeout=120)
+    assert first.returncode == 0, error
+    assert b"paged from disk" in error
+    assert b"paging: prefill read" in error
+    for i in range(8):
+        process = runs(copy, here_toml)
+        processes.append(process)
+        time.sleep(draw.uniform(0.5, 4))
+        process.send_signal(signal.SIGKILL if i % 2 else signal.SIGTERM)
+        process.wait(timeout=60)
+    assert {f.name: f.read_bytes() for f in copy.iterdir()} == before
+    last = runs(copy, here_toml)
+    processes.append(last)
+    assert last.communicate(timeout=120)[0] == text
