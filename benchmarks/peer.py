@@ -64,6 +64,7 @@ class Peer:
         nothing in memory and does not count."""
         program = str(self.folder / "llama-bench")
         fixed = ["-m", str(self.gguf), "-t", str(self.threads), "-fa", "on", "-lm", "mmap", "-o", "jsonl"]
+        _forget(self.gguf)  # what others have left in the page cache would not count against the limit
         # Not repacked: a repacked copy would stand in memory beside the mapped file.
         rates = []
         for options in (["-p", "0", "-n", str(tokens)], ["-p", str(prompt), "-n", "0"]):
@@ -85,6 +86,16 @@ class Peer:
         program = str(self.folder / "llama-bench")
         fixed = ["-m", str(self.gguf), "-t", str(self.threads), "-fa", "on", "-lm", mode, "-o", "jsonl"]
         return run_watched([program, *fixed, *options])
+
+
+def _forget(file: Path) -> None:
+    """Drops the file's pages from the page cache."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
 
 
 def _rows(done: Finished) -> list[dict[str, Any]]:
