@@ -32,7 +32,8 @@ HALF_LIFE = 1024  # steps; long against the noise of counting, short against a c
 
 def lru(use: PageUse) -> Values:
     """Least recently used goes first. Scans larger than the cache get no hit at all."""
-    return use.last + use.order / (use.order.max() + 1)
+    latest: Values = use.last + use.order / (use.order.max() + 1)
+    return latest
 
 
 def lfu(use: PageUse) -> Values:
