@@ -155,7 +155,7 @@ def main() -> None:
 
 def _peer(peer: Peer, nbytes: int) -> tuple[float, float]:
     with MemoryLimit(nbytes) as limit:
-        return peer.limited(limit, 32, LONG, 2)
+        return peer.limited(limit, 16, LONG, 1)
 
 
 def _line(case: Case, t: Turn, phase: str) -> str:

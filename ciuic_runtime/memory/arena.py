@@ -4,6 +4,8 @@ back when it is discarded; blocks of the backend elsewhere. Knows bytes, not wha
 from __future__ import annotations
 
 import mmap
+import platform
+import sys
 from contextlib import suppress
 from typing import Protocol
 
@@ -14,6 +16,9 @@ from ciuic_runtime.devices.errors import OutOfMemory
 from ciuic_runtime.devices.units import format_bytes
 
 _HUGE = 2 << 20  # bytes of a huge page
+# Not counted as used until it is; Python names it from 3.13 on, and these systems all have the same number.
+_SAME = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _SAME else 0)
 _LEAST = 1 << 30  # bytes of address space taken at once
 
 
@@ -42,7 +47,7 @@ class HostArena:
         if nbytes >= PAGE:
             self._used = -(-self._used // PAGE) * PAGE
         if self._range is None or self._used + size > self._range.numel():
-            self._range, self._used = self._map(max(self._reserve, size)), 0
+            self._range, self._used = self._map(size), 0
         slot = self._range[self._used : self._used + nbytes]
         self._used += size
         return slot
@@ -55,15 +60,20 @@ class HostArena:
             mapped.madvise(mmap.MADV_DONTNEED, first, end - first)
         return True
 
-    def _map(self, nbytes: int) -> torch.Tensor:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        try:
-            mapped = mmap.mmap(-1, nbytes + _HUGE, flags=flags)
-        except OSError as error:
-            raise OutOfMemory(
-                f"the system refuses {format_bytes(nbytes)} of address space ({error.strerror}); ask for a smaller "
-                "memory budget, or allow this process more (ulimit -v)", need=nbytes,
-            ) from error  # fmt: skip
+    def _map(self, least: int) -> torch.Tensor:
+        """Address space for what is still to come, or as much of it as the system gives."""
+        nbytes = max(self._reserve, least)
+        while True:
+            try:
+                mapped = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+                break
+            except OSError as error:
+                if nbytes == least:
+                    raise OutOfMemory(
+                        f"the system refuses {format_bytes(least)} of address space ({error.strerror}); ask for a "
+                        "smaller memory budget, or allow this process more (ulimit -v)", need=least,
+                    ) from error  # fmt: skip
+                nbytes = max(least, nbytes // 2)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a system without huge pages: smaller ones do
                 mapped.madvise(mmap.MADV_HUGEPAGE)

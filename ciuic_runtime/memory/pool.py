@@ -202,7 +202,7 @@ class _Lease:
 
 
 def _described(shape: Sequence[int] | int, dtype: str) -> tuple[tuple[int, ...], torch.dtype, int]:
-    dims = (shape,) if isinstance(shape, int) else tuple(shape)
+    dims = tuple(shape) if isinstance(shape, Sequence) else (shape,)
     kind = parse_dtype(dtype)
     if not dims or any(type(n) is not int or n < 1 for n in dims):
         raise InvalidInput(f"a pooled tensor of shape {dims} was asked for; give whole numbers of at least 1")
