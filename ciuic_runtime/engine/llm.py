@@ -92,7 +92,8 @@ class LLM:
         self._backends = {name: open_backend(self.topology.device(name), self.topology) for name in used}
         num_blocks = blocks_for(self.context) * self.max_num_seqs
         self._memory = self._open_memory(config)
-        lookahead = self.schedule.paging.lookahead if self.schedule.paging else DEFAULT_LOOKAHEAD
+        asked = DEFAULT_LOOKAHEAD if config.lookahead is None else config.lookahead
+        lookahead = self.schedule.paging.lookahead if self.schedule.paging else asked
         self._executor = LocalExecutor(
             self.model.spec, self.model.graph, self.schedule, self._checkpoint, self._backends, num_blocks,
             self._recorder, progress, self.kernels, self.threads, self._setup.replaced, self._memory, lookahead,

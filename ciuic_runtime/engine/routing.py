@@ -65,7 +65,7 @@ def read_routing(path: str | Path) -> Routing:
         with safe_open(path, "np") as file:
             about = json.loads((file.metadata() or {}).get(_KEY, "null"))
             ids, step = (np.asarray(file.get_tensor(name) if about else ()) for name in ("ids", "step"))
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise InvalidInput(f"{path} is not a recording of routing ({error}); ciuic run --record-routing") from error
     if not isinstance(about, dict) or about.get("version") != _VERSION:
         raise InvalidInput(
@@ -76,10 +76,11 @@ def read_routing(path: str | Path) -> Routing:
             str(about["model"]), tuple(int(n) for n in about["layers"]), int(about["num_experts"]),
             ids.astype(np.int32), step.astype(np.int32), int(about["expert_nbytes"]), int(about["other_nbytes"]),
         )  # fmt: skip
-        good = ids.ndim == 3 and ids.shape[1] == len(found.layers) and len(step) == len(ids) > 0
+        good = ids.dtype.kind == step.dtype.kind == "i" and step.ndim == 1
+        good = good and ids.ndim == 3 and ids.shape[1] == len(found.layers) and len(step) == len(ids) > 0
         good = good and bool((np.diff(step) >= 0).all()) and 0 <= ids.min() <= ids.max() < found.num_experts
         good = good and found.expert_nbytes > 0 and found.other_nbytes >= 0
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         good = False
     if not good:
         raise InvalidInput(f"{path} is damaged: what it says of its routing does not fit together; record it again")

@@ -146,8 +146,12 @@ class MemoryHierarchy:
         numbers = self._numbers(pages)
         with self._lock:
             self._check_room(numbers)
-            for ready in self.take(numbers):
-                del ready
+            try:
+                for ready in self.take(numbers):
+                    del ready
+            except BaseException:
+                self._give_up()
+                raise
 
     def prefetch(self, pages: Pages) -> None:
         """They will be needed soon: reading begins, and is not waited for."""
@@ -233,9 +237,7 @@ class MemoryHierarchy:
             if complete:
                 self._let_go()
             else:
-                self._open = None
-                self._asked_by.clear()
-                self._do(self.state.abandon())
+                self._give_up()
             self.report.add(phase, tokens, self.state.counts, self._bytes_read, self._stalls)
         finally:
             self._lock.release()
@@ -276,6 +278,12 @@ class MemoryHierarchy:
             yield ready
             request.left.difference_update(ready)
             self._do(self.state.release(ready))
+
+    def _give_up(self) -> None:
+        """Nobody holds or waits for anything any more."""
+        self._open = None
+        self._asked_by.clear()
+        self._do(self.state.abandon())
 
     def _let_go(self) -> None:
         """Of the page that `slot` had to wait for."""
