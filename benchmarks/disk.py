@@ -6,6 +6,7 @@ page cache (O_DIRECT), at several depths. The best of them is what paging is mea
 from __future__ import annotations
 
 import argparse
+import ctypes
 import mmap
 import os
 import random
@@ -16,6 +17,7 @@ from pathlib import Path
 from ciuic_runtime.memory.page_store import PageStore
 
 DEPTHS = (1, 2, 4, 8, 16)
+HUGE_PAGE = 2 << 20
 
 
 def disk_rates(model: Path, seconds: float = 1.0) -> dict[int, float]:
@@ -37,19 +39,30 @@ def rates_line(rates: dict[int, float]) -> str:
 
 
 def _rate(places: list[tuple[int, int, int]], depth: int, seconds: float) -> float:
+    buffers = [_buffer(max(nbytes for _, _, nbytes in places)) for _ in range(depth)]
     start = time.perf_counter()
 
-    def work(worker: int) -> int:
-        done, draw = 0, random.Random(worker)
-        with mmap.mmap(-1, max(nbytes for _, _, nbytes in places)) as buffer:
-            while time.perf_counter() - start < seconds:
-                handle, offset, nbytes = draw.choice(places)
-                done += os.preadv(handle, [memoryview(buffer)[:nbytes]], offset)
+    def work(buffer: memoryview) -> int:
+        done, draw = 0, random.Random()
+        while time.perf_counter() - start < seconds:
+            handle, offset, nbytes = draw.choice(places)
+            done += os.preadv(handle, [buffer[:nbytes]], offset)
         return done
 
     with ThreadPoolExecutor(depth) as pool:
-        done = sum(pool.map(work, range(depth)))
+        done = sum(pool.map(work, buffers))
     return done / (time.perf_counter() - start)
+
+
+def _buffer(nbytes: int) -> memoryview:
+    """In huge pages, like our slots, and touched: into small ones this reader gets little more than half the rate."""
+    mapped = mmap.mmap(-1, nbytes + 2 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapped.madvise(mmap.MADV_HUGEPAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(mapped)) % HUGE_PAGE
+    whole = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
+    buffer = memoryview(mapped)[start : start + whole]
+    buffer[:] = bytes(whole)
+    return buffer
 
 
 def main() -> None:
