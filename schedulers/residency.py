@@ -229,7 +229,23 @@ class Residency:
         return [self._evict(page)] if self._idle[page] else []
 
     def abandon(self) -> list[Command]:
-        """A pass did not come to its end: nobody holds or wants anything any more."""
+        """A pass did not come to its end: nobody holds or wants anything any more; reads under way go on."""
+        return self._release_all() + self._fill()
+
+    def recover(self, there: Iterable[int]) -> list[Command]:
+        """As `abandon`, after which no read is under way and exactly these pages are there."""
+        self._release_all()
+        for queue in (self._later, self._perhaps):
+            queue.clear()
+        found = set(there)
+        self.where = [Where.RESIDENT if p in found else Where.ABSENT for p in range(len(self.pages))]
+        self.used = sum(self.pages[p].nbytes for p in found)
+        self._num_resident, self._num_loading = len(found), 0
+        for p in range(len(self.pages)):
+            self._settle(p)
+        return self._fill()
+
+    def _release_all(self) -> list[Command]:
         for p, count in enumerate(self.held):
             if count:
                 self.held[p] = 0
@@ -239,7 +255,7 @@ class Residency:
         commands: list[Command] = []
         for place in list(self._group):
             commands += self._forget(place)
-        return commands + self._fill()
+        return commands
 
     # Decisions
 

@@ -280,10 +280,17 @@ class MemoryHierarchy:
             self._do(self.state.release(ready))
 
     def _give_up(self) -> None:
-        """Nobody holds or waits for anything any more."""
+        """Nobody holds or waits for anything any more. Whatever was interrupted, even the moment in which a read ended:
+        reads under way are waited for and dropped, and what is in slots is all there is."""
         self._open = None
         self._asked_by.clear()
-        self._do(self.state.abandon())
+        self._source_of().drain()
+        self._tickets.clear()
+        self._ticket_of.clear()
+        there = {p for p in self._slots if self.state.where[p] == Where.RESIDENT}
+        self._slots = {p: self._slots[p] for p in there}
+        self.pool.keep(self._slots.values())
+        self._do(self.state.recover(there))
 
     def _let_go(self) -> None:
         """Of the page that `slot` had to wait for."""

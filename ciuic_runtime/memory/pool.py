@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,12 @@ class TensorPool:
     def free(self, slot: torch.Tensor) -> None:
         """The slot may be handed out again; only after its last reader is done."""
         self._put_back(slot.data_ptr())
+
+    def keep(self, slots: Iterable[torch.Tensor]) -> None:
+        """Frees every slot but these: for a user that lost count of what it had, and has no tensors of this pool."""
+        kept = {slot.data_ptr() for slot in slots}
+        for address in [a for a in self._out if a not in kept]:
+            self._put_back(address)
 
     @property
     def budget(self) -> int:

@@ -4,7 +4,7 @@ checkpoint, whose pages are gathered and packed by threads of Python. Knows no b
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from errno import ECANCELED
 from queue import Empty, SimpleQueue
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Eight threads that read half a megabyte at a time were as fast as any other number and size that were tried, and a
 # twentieth faster than whole pages (benchmarks/results, paging).
 IO_THREADS, PIECE_NBYTES = 8, 512 << 10
+_LOOK = 0.25  # s between two looks at Ctrl-C while waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,9 @@ class PageSource(Protocol):
 
     def check(self, page: str, data: torch.Tensor) -> bool:
         """Whether it was verified now; raises InvalidInput where the bytes are not this page's."""
+
+    def drain(self) -> None:
+        """Waits for the reads under way and forgets them."""
 
     def close(self) -> None:
         """Returns when nothing is written to any more."""
@@ -121,6 +125,14 @@ class PackedSource:
         self._verified.add(page)
         return True
 
+    def drain(self) -> None:
+        for ticket in list(self._page):
+            self._reader.cancel(ticket)
+        while self._reader.in_flight:
+            self._reader.finished(_LOOK)
+        self._reader.finished(0)
+        self._page.clear()
+
     def close(self) -> None:
         self._reader.stop()
 
@@ -151,7 +163,8 @@ class RepackingSource:
         """Pages come in the order in which they were asked for."""
 
     def cancel(self, ticket: int) -> bool:
-        taken_back = self._work[ticket].cancel()
+        work = self._work.get(ticket)
+        taken_back = work is not None and work.cancel()
         if taken_back:
             del self._work[ticket]
         return taken_back
@@ -169,6 +182,13 @@ class RepackingSource:
 
     def check(self, page: str, data: torch.Tensor) -> bool:
         return False
+
+    def drain(self) -> None:
+        for work in self._work.values():
+            work.cancel()
+        wait(self._work.values())
+        self.finished(0)
+        self._work.clear()
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
