@@ -225,7 +225,7 @@ def run(
         recorder = llm.record_routing() if record_routing else None
         outputs, interrupted = _generate(llm, ids, params, show=not as_json)
         report = run_report(llm, outputs)
-        if record_routing and recorder:
+        if record_routing and recorder and recorder.anything:
             write_routing(recorder.routing(), record_routing)
         if trace:
             llm.trace.to_chrome_trace(trace)

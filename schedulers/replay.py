@@ -116,7 +116,7 @@ def replay(routing: Routing, budget: int, progress: Progress | None = None) -> R
             f"expert {routing.expert_nbytes}; give more memory"
         )
     first, second = routing.halves()
-    done, total = 0, 2 * len(CACHE_POLICIES) * routing.tokens
+    done, total = 0, len(CACHE_POLICIES) * (first.tokens + routing.tokens)
 
     def rate(policy: str, warm: Routing, scored: Routing) -> float:
         nonlocal done

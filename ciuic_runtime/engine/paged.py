@@ -98,7 +98,7 @@ class PagedExperts:
         if self._guess:
             self._learn(ids)
         self._chosen, memory = self.numbers(ids), self._memory
-        roomy = memory.minimum + 2 * self._nbytes * len(self._chosen) <= memory.budget
+        roomy = memory.minimum + 2 * self._nbytes * len(self._chosen) <= memory.budget - memory.pinned_nbytes
         self._request = memory.ask(self._chosen) if roomy else None
 
     def come(self) -> Iterator[Slots]:

@@ -39,6 +39,10 @@ class RoutingRecorder:
             self._ids.append(np.stack([self._step[n] for n in self._layers], axis=1))
             self._step.clear()
 
+    @property
+    def anything(self) -> bool:
+        return bool(self._ids)
+
     def routing(self) -> Routing:
         if not self._ids:
             raise InvalidInput("nothing was recorded: no pass came to its end")
@@ -65,19 +69,20 @@ def read_routing(path: str | Path) -> Routing:
         with safe_open(path, "np") as file:
             about = json.loads((file.metadata() or {}).get(_KEY, "null"))
             ids, step = (np.asarray(file.get_tensor(name) if about else ()) for name in ("ids", "step"))
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise InvalidInput(f"{path} is not a recording of routing ({error}); ciuic run --record-routing") from error
     if not isinstance(about, dict) or about.get("version") != _VERSION:
         raise InvalidInput(
             f"{path} is not a recording of routing; make one with: ciuic run MODEL --record-routing FILE"
         )
+    if not ids.dtype == step.dtype == np.int32:
+        raise InvalidInput(f"{path} is damaged: its ids and steps are not 32-bit whole numbers; record it again")
     try:
         found = Routing(
             str(about["model"]), tuple(int(n) for n in about["layers"]), int(about["num_experts"]),
-            ids.astype(np.int32), step.astype(np.int32), int(about["expert_nbytes"]), int(about["other_nbytes"]),
+            ids, step, int(about["expert_nbytes"]), int(about["other_nbytes"]),
         )  # fmt: skip
-        good = ids.dtype.kind == step.dtype.kind == "i" and step.ndim == 1
-        good = good and ids.ndim == 3 and ids.shape[1] == len(found.layers) and len(step) == len(ids) > 0
+        good = step.ndim == 1 and ids.ndim == 3 and ids.shape[1] == len(found.layers) and len(step) == len(ids) > 0
         good = good and bool((np.diff(step) >= 0).all()) and 0 <= ids.min() <= ids.max() < found.num_experts
         good = good and found.expert_nbytes > 0 and found.other_nbytes >= 0
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):

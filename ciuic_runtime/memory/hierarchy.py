@@ -104,7 +104,7 @@ class MemoryHierarchy:
         self._stalls = Stalls()
         self._bytes_read = self.evictions = 0
         self._open: Iterator[list[int]] | None = None  # holds what `slot` had to wait for
-        self._said_slower = False
+        self._said_slower = self._closed = False
         self.report = PagingReport()
 
     # What people ask
@@ -123,6 +123,11 @@ class MemoryHierarchy:
     def minimum(self) -> int:
         """Bytes for pages below which nothing can be computed."""
         return self.state.minimum
+
+    @property
+    def pinned_nbytes(self) -> int:
+        """Bytes of pages that are pinned."""
+        return sum(p.nbytes for p, pin in zip(self.state.pages, self.state.pinned, strict=True) if pin)
 
     def where(self, page: str | Page) -> str:
         """The device that holds the page now, or "disk"."""
@@ -145,7 +150,9 @@ class MemoryHierarchy:
         self._check_device(device)
         numbers = self._numbers(pages)
         with self._lock:
-            self._check_room(numbers)
+            pinned = {n for n, pin in enumerate(self.state.pinned) if pin}
+            self._check_open()
+            self._check_room(sorted({*numbers, *pinned}))
             try:
                 for ready in self.take(numbers):
                     del ready
@@ -157,6 +164,7 @@ class MemoryHierarchy:
         """They will be needed soon: reading begins, and is not waited for."""
         numbers = self._numbers(pages)
         with self._lock:
+            self._check_open()
             self._poll()
             self._do(self.state.expect(numbers))
 
@@ -164,10 +172,17 @@ class MemoryHierarchy:
         """Loads them and keeps them until `unpin`, whatever the policy says."""
         numbers = self._numbers(pages)
         with self._lock:
-            self._check_room(sorted({*numbers, *(n for n, pinned in enumerate(self.state.pinned) if pinned)}))
+            self._check_open()
+            before = {n for n, pin in enumerate(self.state.pinned) if pin}
+            self._check_pins(before.union(numbers))
             for n in numbers:
                 self._do(self.state.pin(n))
-            self.move_to_device(pages, self.device)
+            try:
+                self.move_to_device(pages, self.device)
+            except BaseException:
+                for n in set(numbers) - before:
+                    self._do(self.state.pin(n, False))
+                raise
 
     def unpin(self, pages: Pages) -> None:
         with self._lock:
@@ -188,8 +203,8 @@ class MemoryHierarchy:
         self._check_device(device)
         with self._lock:
             budget = parse_bytes(nbytes) - self.reserved
-            pinned = sum(p.nbytes for p, pin in zip(self.state.pages, self.state.pinned, strict=True) if pin)
-            self._check_minimum(budget, pinned)
+            self._check_open()
+            self._check_minimum(budget, self.pinned_nbytes)
             free = sum(d.memory_free_bytes or 0 for d in discover_cpus())
             if budget > self.state.budget and budget - self.pool.memory().used > free:
                 raise InvalidInput(
@@ -323,9 +338,14 @@ class MemoryHierarchy:
     def close(self) -> None:
         """Waits for reads that are under way; gives the memory back."""
         with self._lock:
-            if self._source is not None:
+            if self._source is not None and not self._closed:
                 self._source.close()
+            self._closed = True
+            self._tickets.clear()
+            self._ticket_of.clear()
             self._slots.clear()
+            self.state.recover(())
+            self.pool.keep(())
             self.pool.clear()
 
     # Carrying out
@@ -437,6 +457,22 @@ class MemoryHierarchy:
                 f"{len(numbers)} pages need {format_bytes(need)} on {self.device}, which has "
                 f"{format_bytes(self.state.budget)} for pages; move fewer at a time, or raise the budget",
                 need=need, capacity=self.state.budget,
+            )  # fmt: skip
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InvalidInput("this memory hierarchy is closed; open another one")
+
+    def _check_pins(self, numbers: set[int]) -> None:
+        """That beside what is pinned every other page can still come, one at a time."""
+        pinned = sum(self.state.pages[n].nbytes for n in numbers)
+        others = max((p.nbytes for n, p in enumerate(self.state.pages) if n not in numbers), default=0)
+        if pinned + others > self.state.budget:
+            raise OutOfMemory(
+                f"{len(numbers)} pinned pages take {format_bytes(pinned)} on {self.device}, which has "
+                f"{format_bytes(self.state.budget)} for pages, and the largest of the others needs "
+                f"{format_bytes(others)}; pin fewer, or raise the budget",
+                need=pinned + others, capacity=self.state.budget,
             )  # fmt: skip
 
     def _check_minimum(self, budget: int, pinned: int = 0) -> None:

@@ -73,7 +73,13 @@ class PackedSource:
     """Pages of a packed folder. Each is verified when it is first loaded, and again whenever its file has changed."""
 
     def __init__(self, store: PageStore, threads: int = IO_THREADS) -> None:
-        from ciuic_runtime.memory._page_reader import PageReader
+        try:
+            from ciuic_runtime.memory._page_reader import PageReader
+        except ImportError as error:
+            raise InvalidInput(
+                f"pages of {store.path} are read by a compiled part, which this installation lacks (no C++ compiler "
+                "when it was installed); install it again with one, or run the model where it fits into memory"
+            ) from error
 
         self._store, self._reader = store, PageReader(threads, PIECE_NBYTES)
         self._page: dict[int, str] = {}  # ticket -> page
