@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +103,17 @@ class Result:
 
 
 @pytest.fixture
-def ciuic(capfd: pytest.CaptureFixture[str]):
+def ciuic_log() -> Iterator[None]:
+    """The command's log handler writes to a stream that is a test's own: it goes when the test does."""
+    log = logging.getLogger("ciuic")
+    before = (list(log.handlers), log.propagate, log.level)
+    yield
+    log.handlers[:], log.propagate, level = before
+    log.setLevel(level)
+
+
+@pytest.fixture
+def ciuic(capfd: pytest.CaptureFixture[str], ciuic_log: None):
     def call(*arguments: object) -> Result:
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit:

@@ -58,7 +58,7 @@ def in_one_file(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture
-def ciuic(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def ciuic(capfd: pytest.CaptureFixture[str], ciuic_log: None) -> Callable[..., tuple[int, str, str]]:
     def call(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit:
