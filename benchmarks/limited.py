@@ -36,12 +36,6 @@ class MemoryLimit:
         """Bytes, the most that was charged at once: programs' own memory, page cache, kernel's for them."""
         return int((self._folder / self._peak_file).read_text())
 
-    @property
-    def anonymous(self) -> int:
-        """Bytes that belong to programs now, page cache not counted."""
-        stat = dict(line.split() for line in (self._folder / "memory.stat").read_text().splitlines())
-        return int(stat.get("total_rss", stat.get("anon", 0)))
-
     def close(self) -> None:
         for _ in range(100):
             try:

@@ -92,6 +92,8 @@ class Residency:
         self.step = 0
         self.held = [0] * len(pages)
         self.pinned = [False] * len(pages)
+        self.pinned_nbytes = 0
+        self.minimum = max((p.nbytes for p in pages), default=0)  # bytes below which no pass can be made: a page's
         self._fresh = [False] * len(pages)  # read since its last use
         self._place = np.array([p.place for p in pages], dtype=np.int64)
         self._routed = np.array([p.routed for p in pages], dtype=bool)
@@ -110,11 +112,6 @@ class Residency:
         self._weight = 1.0  # of one use now, in `use.uses`: grows, so that old uses need not be touched to fade
         self._keys: np.ndarray | None = None  # what eviction goes by, until something is used
         self.budget = budget
-
-    @property
-    def minimum(self) -> int:
-        """Bytes below which a pass cannot be made: the largest page."""
-        return max((p.nbytes for p in self.pages), default=0)
 
     @property
     def whole(self) -> bool:
@@ -220,9 +217,14 @@ class Residency:
 
     def pin(self, page: int, pinned: bool = True) -> list[Command]:
         """A pinned page stays once it is there, until it is not pinned any more."""
+        self.pinned_nbytes += (pinned - self.pinned[page]) * self.pages[page].nbytes
         self.pinned[page] = pinned
         self._settle(page)
         return [] if pinned else self._fill()
+
+    @property
+    def pinned_pages(self) -> set[int]:
+        return {p for p, pinned in enumerate(self.pinned) if pinned}
 
     def evict(self, page: int) -> list[Command]:
         """By hand; nothing where the page is held or not there."""

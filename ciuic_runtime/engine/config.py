@@ -31,9 +31,7 @@ class RuntimeConfig:
     cache_policy: str | None = None  # which routed experts stay in memory; None: the schedule's
     lookahead: int | None = None  # layers ahead that routed experts are guessed and read; None: the schedule's
     io_threads: int | None = None  # that read pages from disk
-    paged: bool | None = (
-        None  # pages in slots of the memory hierarchy; None: where the checkpoint is packed, or must be
-    )
+    paged: bool | None = None  # pages in slots; None: where the checkpoint is packed, or does not fit
     routing: str | Path | None = None  # a recording (`ciuic run --record-routing`) that says which experts are popular
     kernels: str = "auto"  # instruction set of the native operators, "reference" for torch's; "auto": the best here
 

@@ -15,11 +15,17 @@ from ciuic_runtime.devices.backend import PAGE, Backend
 from ciuic_runtime.devices.errors import OutOfMemory
 from ciuic_runtime.devices.units import format_bytes
 
+_SMALL = 64  # bytes that sizes below a page are rounded to
 _HUGE = 2 << 20  # bytes of a huge page
 # Not counted as used until it is; Python names it from 3.13 on, and these systems all have the same number.
 _SAME = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
 _NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _SAME else 0)
 _LEAST = 1 << 30  # bytes of address space taken at once
+
+
+def slot_size(nbytes: int) -> int:
+    """Bytes that a slot for `nbytes` occupies: whole pages, below a page multiples of 64."""
+    return -(-nbytes // PAGE) * PAGE if nbytes > PAGE - _SMALL else -(-nbytes // _SMALL) * _SMALL
 
 
 class Arena(Protocol):
@@ -43,8 +49,8 @@ class HostArena:
         self._mapped: list[tuple[int, mmap.mmap]] = []  # address, mapping
 
     def take(self, nbytes: int) -> torch.Tensor:
-        size = -(-nbytes // 64) * 64 if nbytes < PAGE else -(-nbytes // PAGE) * PAGE
-        if nbytes >= PAGE:
+        size = slot_size(nbytes)
+        if size >= PAGE:
             self._used = -(-self._used // PAGE) * PAGE
         if self._range is None or self._used + size > self._range.numel():
             self._range, self._used = self._map(size), 0

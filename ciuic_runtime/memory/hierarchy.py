@@ -16,8 +16,9 @@ from ciuic_runtime.devices.backend import Backend
 from ciuic_runtime.devices.cpu import discover_cpus
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput, OutOfMemory
 from ciuic_runtime.devices.units import format_bytes, parse_bytes
+from ciuic_runtime.memory.arena import slot_size
 from ciuic_runtime.memory.paging import PagingReport, Stalls
-from ciuic_runtime.memory.pool import TensorPool, slot_size
+from ciuic_runtime.memory.pool import TensorPool
 from ciuic_runtime.memory.source import Finished, PageSource, page_source
 from ciuic_runtime.model import Model
 from ciuic_runtime.models.checkpoint import Checkpoint, open_checkpoint
@@ -75,8 +76,7 @@ class MemoryHierarchy:
         pages."""
         self.device = backend.spec.name if backend else "cpu"
         self._lock = threading.RLock()
-        self._backend, self.reserved = backend, reserved
-        self._source = source
+        self._source, self.reserved = source, reserved
         self.on_read: OnRead = lambda page, nbytes, start, end: None
         self.graph: TaskGraph | None = None
         facts: list[PageFacts] = []
@@ -127,7 +127,7 @@ class MemoryHierarchy:
     @property
     def pinned_nbytes(self) -> int:
         """Bytes of pages that are pinned."""
-        return sum(p.nbytes for p, pin in zip(self.state.pages, self.state.pinned, strict=True) if pin)
+        return self.state.pinned_nbytes
 
     def where(self, page: str | Page) -> str:
         """The device that holds the page now, or "disk"."""
@@ -150,9 +150,8 @@ class MemoryHierarchy:
         self._check_device(device)
         numbers = self._numbers(pages)
         with self._lock:
-            pinned = {n for n, pin in enumerate(self.state.pinned) if pin}
             self._check_open()
-            self._check_room(sorted({*numbers, *pinned}))
+            self._check_room(self.state.pinned_pages.union(numbers))
             try:
                 for ready in self.take(numbers):
                     del ready
@@ -173,7 +172,7 @@ class MemoryHierarchy:
         numbers = self._numbers(pages)
         with self._lock:
             self._check_open()
-            before = {n for n, pin in enumerate(self.state.pinned) if pin}
+            before = self.state.pinned_pages
             self._check_pins(before.union(numbers))
             for n in numbers:
                 self._do(self.state.pin(n))
@@ -450,7 +449,7 @@ class MemoryHierarchy:
         if device.lower() != self.device.partition(":")[0] and device != self.device:
             raise InvalidInput(f"{device!r} was asked for; this hierarchy has pages on {self.device} and on disk only")
 
-    def _check_room(self, numbers: Sequence[int]) -> None:
+    def _check_room(self, numbers: set[int]) -> None:
         need = sum(self.state.pages[n].nbytes for n in numbers)
         if need > self.state.budget:
             raise OutOfMemory(

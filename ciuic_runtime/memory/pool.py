@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ciuic_runtime.devices.backend import PAGE, Backend
+from ciuic_runtime.devices.backend import Backend
 from ciuic_runtime.devices.errors import InvalidInput, OutOfMemory
 from ciuic_runtime.devices.units import format_bytes, parse_bytes
-from ciuic_runtime.memory.arena import arena_of
+from ciuic_runtime.memory.arena import arena_of, slot_size
 from ciuic_runtime.memory.tensor import CiuicTensor, parse_dtype
-
-_SMALL = 64  # bytes that sizes below a page are rounded to
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,9 @@ class TensorPool:
     # Slots
 
     def can_allocate(self, nbytes: int) -> bool:
-        return not self._budget or self._use(slot_size(nbytes)) <= self._budget
+        """What waits would be discarded for it."""
+        self._take_back()
+        return not self._budget or self._used + slot_size(nbytes) <= self._budget
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """A slot, uint8 [nbytes], with whatever was there; raises OutOfMemory where the budget has no room."""
@@ -68,11 +68,7 @@ class TensorPool:
                 self._discard(self._used + self._waiting + size - self._budget)
             empty = self._empty.get(size)
             slot = empty.pop() if empty else self._arena.take(size)
-        self._out[slot.data_ptr()] = slot
-        self._used += size
-        self._peak = max(self._peak, self._used)
-        self._held_peak = max(self._held_peak, self._used + self._waiting)
-        return slot[:nbytes]
+        return self._hand_out(slot)[:nbytes]
 
     def free(self, slot: torch.Tensor) -> None:
         """The slot may be handed out again; only after its last reader is done."""
@@ -115,10 +111,7 @@ class TensorPool:
         slot = self._waiting_slot(slot_size(nbytes))
         if slot is None:
             return None
-        self._out[slot.data_ptr()] = slot
-        self._used += slot.numel()
-        self._peak = max(self._peak, self._used)
-        return self._tensor(slot, dims, kind, nbytes)
+        return self._tensor(self._hand_out(slot), dims, kind, nbytes)
 
     def add_tensor(self, tensor: CiuicTensor) -> CiuicTensor:
         """The tensor's values in a slot of the pool, to be used instead of it: when the last reference is gone, views
@@ -140,11 +133,6 @@ class TensorPool:
 
     # Accounts
 
-    def _use(self, more: int) -> int:
-        """Bytes that would be out with `more`; what waits can be discarded for it."""
-        self._take_back()
-        return self._used + more
-
     def _take_back(self) -> None:
         while self._returned:
             self._put_back(self._returned.popleft())
@@ -158,6 +146,13 @@ class TensorPool:
         self._free.setdefault(size, []).append(slot)
         if self._budget and self._used + self._waiting > self._budget:
             self._discard(self._used + self._waiting - self._budget)
+
+    def _hand_out(self, slot: torch.Tensor) -> torch.Tensor:
+        self._out[slot.data_ptr()] = slot
+        self._used += slot.numel()
+        self._peak = max(self._peak, self._used)
+        self._held_peak = max(self._held_peak, self._used + self._waiting)
+        return slot
 
     def _waiting_slot(self, size: int) -> torch.Tensor | None:
         slots = self._free.get(size)
@@ -184,11 +179,6 @@ class TensorPool:
             f"{format_bytes(self._budget)}; let go of tensors, or give the pool a larger budget",
             need=nbytes, free=free, capacity=self._budget,
         )  # fmt: skip
-
-
-def slot_size(nbytes: int) -> int:
-    """Bytes that a slot for `nbytes` occupies: whole pages, below a page multiples of 64."""
-    return -(-nbytes // PAGE) * PAGE if nbytes > PAGE - _SMALL else -(-nbytes // _SMALL) * _SMALL
 
 
 class _Lease:

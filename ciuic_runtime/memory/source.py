@@ -59,8 +59,8 @@ class PageSource(Protocol):
     def finished(self, seconds: float) -> list[Finished]:
         """Reads that have ended since the last call; waits so long for the first."""
 
-    def check(self, page: str, data: torch.Tensor) -> bool:
-        """Whether it was verified now; raises InvalidInput where the bytes are not this page's."""
+    def check(self, page: str, data: torch.Tensor) -> None:
+        """Raises InvalidInput where the bytes are not this page's."""
 
     def drain(self) -> None:
         """Waits for the reads under way and forgets them."""
@@ -124,12 +124,10 @@ class PackedSource:
             error = self._store.file_of(page).why_short(page, missing)
         return Finished(ticket, error, start, end)
 
-    def check(self, page: str, data: torch.Tensor) -> bool:
-        if page in self._verified and self._store.file_of(page).unchanged():
-            return False
-        self._store.verify(page, data)
-        self._verified.add(page)
-        return True
+    def check(self, page: str, data: torch.Tensor) -> None:
+        if page not in self._verified or not self._store.file_of(page).unchanged():
+            self._store.verify(page, data)
+            self._verified.add(page)
 
     def drain(self) -> None:
         for ticket in list(self._page):
@@ -186,8 +184,8 @@ class RepackingSource:
                 self._work.pop(done.ticket, None)
             return found
 
-    def check(self, page: str, data: torch.Tensor) -> bool:
-        return False
+    def check(self, page: str, data: torch.Tensor) -> None:
+        """They were made here."""
 
     def drain(self) -> None:
         for work in self._work.values():
