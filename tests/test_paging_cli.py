@@ -10,22 +10,14 @@ import pytest
 import ciuic_runtime as ciuic
 from ciuic_runtime.engine.routing import read_routing
 from ciuic_runtime.ops.native import kernels
-from ciuic_runtime.packing import pack
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="the native kernels are not built here")
 
 
 @pytest.fixture(scope="module")
-def model(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "tiny"
-    pack(tiny_v3, out, "int4")
-    return out
-
-
-@pytest.fixture(scope="module")
-def small(model: Path) -> str:
+def small(tiny_int4: Path) -> str:
     """A budget in which half of the pages fit."""
-    pages = ciuic.Model(model).graph
+    pages = ciuic.Model(tiny_int4).graph
     work = pages.working_bytes(1, 16, 64) + pages.kv_bytes_per_token * 64
     return f"cpu={int(work + pages.nbytes / 2)}"
 
@@ -35,12 +27,12 @@ def options(here_toml: Path, *more: object) -> tuple[object, ...]:
 
 
 def test_a_run_from_disk_reports_what_it_read_and_gives_the_same_tokens(
-    ciuic, model: Path, small: str, here_toml: Path
+    ciuic, tiny_int4: Path, small: str, here_toml: Path
 ) -> None:
-    whole = ciuic("run", model, *options(here_toml, "--json"))
+    whole = ciuic("run", tiny_int4, *options(here_toml, "--json"))
     assert whole.code == 0
     assert whole.json["paging"] is None
-    done = ciuic("run", model, *options(here_toml, "--memory", small, "--json"))
+    done = ciuic("run", tiny_int4, *options(here_toml, "--memory", small, "--json"))
     assert done.code == 0, done.out
     assert done.json["token_ids"] == whole.json["token_ids"]
     decode = done.json["paging"]["decode"]
@@ -49,16 +41,16 @@ def test_a_run_from_disk_reports_what_it_read_and_gives_the_same_tokens(
     assert 0 < decode["hit_rate"] < 1
     assert set(decode["stall_s"]) == {"disk", "verify", "room"}
     assert done.json["schedule"]["paging"]["disk"] == "disk"
-    text = ciuic("run", model, *options(here_toml, "--memory", small))
+    text = ciuic("run", tiny_int4, *options(here_toml, "--memory", small))
     [line] = [row for row in text.err.splitlines() if row.startswith("paging: ")]
     assert "per token from disk, hit rate" in line
 
 
 def test_a_recorded_run_is_replayed_and_says_which_policy_to_use(
-    ciuic, model: Path, small: str, here_toml: Path, tmp_path: Path
+    ciuic, tiny_int4: Path, small: str, here_toml: Path, tmp_path: Path
 ) -> None:
     recording = tmp_path / "routing"
-    done = ciuic("run", model, *options(here_toml, "--record-routing", recording, "--json"))
+    done = ciuic("run", tiny_int4, *options(here_toml, "--record-routing", recording, "--json"))
     assert done.code == 0
     found = read_routing(recording)
     assert found.tokens == len(done.json["prompt_token_ids"]) + 23
@@ -73,28 +65,28 @@ def test_a_recorded_run_is_replayed_and_says_which_policy_to_use(
     table = ciuic("replay", recording, "--memory", memory)
     assert f"use: --cache-policy {replayed.json['chosen']}" in table.out
     again = ciuic(
-        "run", model, *options(here_toml, "--routing", recording, "--cache-policy", "popularity", "--memory", small),
-        "--json",
+        "run", tiny_int4, *options(here_toml, "--routing", recording, "--cache-policy", "popularity"),
+        "--memory", small, "--json",
     )  # fmt: skip
     assert again.code == 0, again.out
     assert again.json["token_ids"] == done.json["token_ids"]
 
 
-def test_bad_recordings_and_options_are_one_line(ciuic, model: Path, here_toml: Path, tmp_path: Path) -> None:
+def test_bad_recordings_and_options_are_one_line(ciuic, tiny_int4: Path, here_toml: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     bad.write_bytes(b"not a recording")
     other = tmp_path / "other"
-    assert ciuic("run", model, *options(here_toml, "--record-routing", other)).code == 0
+    assert ciuic("run", tiny_int4, *options(here_toml, "--record-routing", other)).code == 0
     for command in (
         ("replay", bad, "--memory", "cpu=1GiB"),
         ("replay", tmp_path / "none", "--memory", "cpu=1GiB"),
         ("replay", other, "--memory", "cpu=1KiB"),
         ("replay", other, "--memory", "cpu=1GiB,sim:0=1GiB"),
-        ("run", model, *options(here_toml, "--routing", bad)),
-        ("run", model, *options(here_toml, "--cache-policy", "best")),
-        ("run", model, *options(here_toml, "--lookahead", -1)),
-        ("run", model, *options(here_toml, "--io-threads", 0)),
-        ("run", model, *options(here_toml, "--memory", "cpu=64KiB")),
+        ("run", tiny_int4, *options(here_toml, "--routing", bad)),
+        ("run", tiny_int4, *options(here_toml, "--cache-policy", "best")),
+        ("run", tiny_int4, *options(here_toml, "--lookahead", -1)),
+        ("run", tiny_int4, *options(here_toml, "--io-threads", 0)),
+        ("run", tiny_int4, *options(here_toml, "--memory", "cpu=64KiB")),
     ):
         done = ciuic(*command)
         assert done.code == 2, command
@@ -102,12 +94,12 @@ def test_bad_recordings_and_options_are_one_line(ciuic, model: Path, here_toml: 
 
 
 def test_a_plan_from_disk_is_saved_edited_and_carried_out(
-    ciuic, model: Path, small: str, here_toml: Path, tmp_path: Path
+    ciuic, tiny_int4: Path, small: str, here_toml: Path, tmp_path: Path
 ) -> None:
     saved = tmp_path / "plan.json"
     done = ciuic(
-        "plan", model, "--devices", here_toml, "--memory", small, "--prompt-tokens", 8, "--max-tokens", 24, "--save",
-        saved,
+        "plan", tiny_int4, "--devices", here_toml, "--memory", small, "--prompt-tokens", 8, "--max-tokens", 24,
+        "--save", saved,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert "paged from disk" in done.out
@@ -115,13 +107,15 @@ def test_a_plan_from_disk_is_saved_edited_and_carried_out(
     assert document["paging"]["lookahead"] == 2
     document["paging"] |= {"policy": "lru", "lookahead": 0}
     saved.write_text(json.dumps(document))
-    ran = ciuic("run", model, "--prompt", "Experts", "--max-tokens", 24, "--ignore-eos", "--schedule", saved, "--json")
+    ran = ciuic(
+        "run", tiny_int4, "--prompt", "Experts", "--max-tokens", 24, "--ignore-eos", "--schedule", saved, "--json"
+    )
     assert ran.code == 0, ran.out
     assert ran.json["schedule"]["paging"]["policy"] == "lru"
-    whole = ciuic("run", model, *options(here_toml, "--json"))
+    whole = ciuic("run", tiny_int4, *options(here_toml, "--json"))
     assert ran.json["token_ids"] == whole.json["token_ids"]
     del document["paging"]
     saved.write_text(json.dumps(document))
-    refused = ciuic("run", model, "--prompt", "x", "--schedule", saved)
+    refused = ciuic("run", tiny_int4, "--prompt", "x", "--schedule", saved)
     assert refused.code == 2
     assert "stored on disk and computed on cpu" in refused.err

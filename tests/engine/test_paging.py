@@ -44,11 +44,6 @@ def packed_as(checkpoint: Path, folder: Path, format: str) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def int4(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return packed_as(tiny_v3, tmp_path_factory.mktemp("packed") / "int4", "int4")
-
-
 class Shuffled:
     """A source whose reads arrive in another order, and late."""
 
@@ -115,10 +110,10 @@ def test_every_budget_gives_the_same_bits(tiny_v3: Path, here: Topology, tmp_pat
 )  # fmt: skip
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_neither_budget_nor_policy_nor_order_of_arrival_changes_a_bit(
-    int4: Path, here: Topology, bits: tuple[torch.Tensor, Any], share: float, policy: str, lookahead: int,
+    tiny_int4: Path, here: Topology, bits: tuple[torch.Tensor, Any], share: float, policy: str, lookahead: int,
     io_threads: int, seed: int,
 ) -> None:  # fmt: skip
-    with opened(int4, here, cache_policy=policy, lookahead=lookahead, io_threads=io_threads) as llm:
+    with opened(tiny_int4, here, cache_policy=policy, lookahead=lookahead, io_threads=io_threads) as llm:
         squeeze(llm, share)
         llm.memory._source = Shuffled(llm.memory._source, random.Random(seed))  # type: ignore[assignment, arg-type]
         assert_same(seen(llm), bits)  # cold
@@ -127,16 +122,16 @@ def test_neither_budget_nor_policy_nor_order_of_arrival_changes_a_bit(
 
 
 @pytest.fixture(scope="module")
-def bits(int4: Path, here: Topology) -> tuple[torch.Tensor, Any]:
-    with opened(int4, here, paged=False) as llm:
+def bits(tiny_int4: Path, here: Topology) -> tuple[torch.Tensor, Any]:
+    with opened(tiny_int4, here, paged=False) as llm:
         return seen(llm)
 
 
-def test_a_model_that_does_not_fit_is_planned_and_run_from_disk(int4: Path, here: Topology) -> None:
-    with opened(int4, here) as llm:
+def test_a_model_that_does_not_fit_is_planned_and_run_from_disk(tiny_int4: Path, here: Topology) -> None:
+    with opened(tiny_int4, here) as llm:
         expected = seen(llm)
         every, reserved = sum(llm.memory.pages.values()), llm.memory.reserved
-    with opened(int4, here, memory={"cpu": reserved + every // 2}) as llm:
+    with opened(tiny_int4, here, memory={"cpu": reserved + every // 2}) as llm:
         assert llm.schedule.paging is not None
         assert llm.schedule.paging.cache_bytes == every // 2
         assert {row.home for row in llm.schedule.assignments} == {"cpu", "disk"}
@@ -152,9 +147,9 @@ def test_a_model_that_does_not_fit_is_planned_and_run_from_disk(int4: Path, here
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_the_budget_may_change_at_any_moment_of_a_generation(int4: Path, here: Topology, count: int) -> None:
+def test_the_budget_may_change_at_any_moment_of_a_generation(tiny_int4: Path, here: Topology, count: int) -> None:
     params = ciuic.SamplingParams(max_tokens=100, ignore_eos=True)
-    with opened(int4, here) as llm:
+    with opened(tiny_int4, here) as llm:
         expected = llm.generate([PROMPT], params)[0].token_ids
         draw, changes, done = random.Random(7), [0], threading.Event()
 
@@ -178,8 +173,8 @@ def test_the_budget_may_change_at_any_moment_of_a_generation(int4: Path, here: T
 
 
 @pytest.fixture
-def copy(int4: Path, tmp_path: Path) -> Path:
-    shutil.copytree(int4, tmp_path / "copy")
+def copy(tiny_int4: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_int4, tmp_path / "copy")
     return tmp_path / "copy"
 
 
@@ -287,11 +282,11 @@ class Failing:
 
 
 def test_a_read_error_ends_the_pass_and_the_next_one_goes_on(
-    int4: Path, here: Topology, bits: tuple[torch.Tensor, Any]
+    tiny_int4: Path, here: Topology, bits: tuple[torch.Tensor, Any]
 ) -> None:
     draw = random.Random(1)
     wrong = True
-    with opened(int4, here) as llm:
+    with opened(tiny_int4, here) as llm:
         squeeze(llm, 0.2)
         llm.memory._source = Failing(llm.memory._source, lambda: wrong and draw.random() < 0.05)  # type: ignore[assignment, arg-type]
         outcomes = [outcome(llm, bits) for _ in range(30)]

@@ -21,19 +21,11 @@ from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.engine.routing import RoutingRecorder, read_routing, write_routing
 from ciuic_runtime.models.random_checkpoint import write_random_checkpoint
 from ciuic_runtime.ops.native import kernels
-from ciuic_runtime.packing import pack
 from ciuic_runtime.schedulers.replay import Routing, with_popularity
 
 PROMPTS = [[5, 250, 17, 99, 3, 42, 200, 7, 31], [9, 8, 7]]
 LAYERS, EXPERTS, K = (1, 2, 3), 8, 3  # of the tiny DeepSeek-V3
 native = pytest.mark.skipif(kernels() is None, reason="the native kernels are not built here")
-
-
-@pytest.fixture(scope="module")
-def packed(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "tiny"
-    pack(tiny_v3, out, "int4")
-    return out
 
 
 def recorded(model: Path, here: Topology, tokens: int = 6, **settings: Any) -> Routing:
@@ -79,25 +71,25 @@ def test_sizes_are_those_of_the_models_pages(routing: Routing, tiny_v3: Path) ->
 
 
 @native
-def test_chunks_company_and_paging_change_the_passes_and_no_tokens_experts(packed: Path, here: Topology) -> None:
-    plain = recorded(packed, here)
+def test_chunks_company_and_paging_change_the_passes_and_no_tokens_experts(tiny_int4: Path, here: Topology) -> None:
+    plain = recorded(tiny_int4, here)
     for settings in (
         {"prefill_chunk": 4},
         {"max_num_seqs": 2},
         {"threads": 2, "paged": False},
         {"kernels": "portable"},
     ):
-        found = recorded(packed, here, **settings)
+        found = recorded(tiny_int4, here, **settings)
         assert (rows(found) == rows(plain)) or "kernels" in settings
         assert found.tokens == plain.tokens
-    graph = Model(packed).graph
+    graph = Model(tiny_int4).graph
     need = graph.working_bytes(1, 96, 128) + graph.kv_bytes_per_token * 128
-    assert same(recorded(packed, here, memory={"cpu": int(need + graph.nbytes / 3)}), plain)
+    assert same(recorded(tiny_int4, here, memory={"cpu": int(need + graph.nbytes / 3)}), plain)
 
 
 @native
-def test_what_was_recorded_is_what_was_taken_from_memory(packed: Path, here: Topology) -> None:
-    with LLM(packed, devices=here, max_model_len=128, max_num_seqs=1) as llm:
+def test_what_was_recorded_is_what_was_taken_from_memory(tiny_int4: Path, here: Topology) -> None:
+    with LLM(tiny_int4, devices=here, max_model_len=128, max_num_seqs=1) as llm:
         llm.memory.set_budget("cpu", llm.memory.reserved + llm.memory.minimum)
         recorder, before = llm.record_routing(), routed_uses(llm)
         llm.generate(PROMPTS, SamplingParams(max_tokens=6, ignore_eos=True))
@@ -281,13 +273,14 @@ def test_a_run_stopped_before_its_first_pass_shows_what_there_is(
 
 @native
 def test_the_same_tokens_with_and_without_a_recording_of_popularity(
-    ciuic, packed: Path, here_toml: Path, tmp_path: Path
+    ciuic, tiny_int4: Path, here_toml: Path, tmp_path: Path
 ) -> None:
-    asked = ("run", packed, "--prompt", "Experts", "--max-tokens", 12, "--ignore-eos", "--devices", here_toml, "--json")
+    asked = ("run", tiny_int4, "--prompt", "Experts", "--max-tokens", 12, "--ignore-eos")
+    asked += ("--devices", here_toml, "--json")
     plain = ciuic(*asked, "--record-routing", tmp_path / "routing").json
     found = read_routing(tmp_path / "routing")
     assert found.tokens == len(plain["prompt_token_ids"]) + 11
-    graph = Model(packed).graph
+    graph = Model(tiny_int4).graph
     memory = graph.working_bytes(1, 7, 19) + graph.kv_bytes_per_token * 19 + found.other_nbytes
     for options in (("--cache-policy", "popularity", "--lookahead", 0), ("--io-threads", 1), ("--lookahead", 3)):
         limited = ("--memory", f"cpu={int(memory + 5 * found.expert_nbytes)}", "--routing", tmp_path / "routing")
@@ -299,16 +292,17 @@ def test_the_same_tokens_with_and_without_a_recording_of_popularity(
 
 @native
 def test_a_paged_plan_is_saved_edited_and_carried_out_to_the_letter(
-    ciuic, packed: Path, here_toml: Path, tmp_path: Path
+    ciuic, tiny_int4: Path, here_toml: Path, tmp_path: Path
 ) -> None:
-    graph, saved = Model(packed).graph, tmp_path / "plan.json"
+    graph, saved = Model(tiny_int4).graph, tmp_path / "plan.json"
     memory = f"cpu={int(graph.working_bytes(1, 8, 24) + graph.kv_bytes_per_token * 24 + graph.nbytes / 2)}"
     planned = ("--memory", memory, "--prompt-tokens", 8, "--max-tokens", 16, "--save", saved)
-    plan = ciuic("plan", packed, "--devices", here_toml, *planned, "--json").json
+    plan = ciuic("plan", tiny_int4, "--devices", here_toml, *planned, "--json").json
     assert plan["predicted"]["bound_by"] == "reads from disk"
     assert plan["paging"].keys() == {"device", "disk", "cache_bytes", "policy", "lookahead"}
     assert {row["home"] for row in plan["assignments"]} == {"cpu", "disk"}
-    asked = ("run", packed, "--prompt", "Experts", "--max-tokens", 16, "--ignore-eos", "--devices", here_toml, "--json")
+    asked = ("run", tiny_int4, "--prompt", "Experts", "--max-tokens", 16, "--ignore-eos")
+    asked += ("--devices", here_toml, "--json")
     expected = ciuic(*asked).json["token_ids"]
     document = json.loads(saved.read_text())
     largest = max(page.nbytes for page in graph.pages.values())
@@ -338,13 +332,13 @@ def test_a_paged_plan_is_saved_edited_and_carried_out_to_the_letter(
 
 @native
 def test_a_schedule_of_before_there_was_paging_is_still_read(
-    ciuic, packed: Path, here_toml: Path, tmp_path: Path
+    ciuic, tiny_int4: Path, here_toml: Path, tmp_path: Path
 ) -> None:
     saved = tmp_path / "plan.json"
-    ciuic("plan", packed, "--devices", here_toml, "--prompt-tokens", 8, "--max-tokens", 8, "--save", saved)
+    ciuic("plan", tiny_int4, "--devices", here_toml, "--prompt-tokens", 8, "--max-tokens", 8, "--save", saved)
     document = json.loads(saved.read_text())
     assert document.pop("paging") is None
     saved.write_text(json.dumps(document))
-    done = ciuic("run", packed, "--prompt", "Experts", "--max-tokens", 4, "--schedule", saved, "--json")
+    done = ciuic("run", tiny_int4, "--prompt", "Experts", "--max-tokens", 4, "--schedule", saved, "--json")
     assert done.code == 0
     assert done.json["paging"] is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,31 +16,16 @@ from ciuic_runtime.devices.errors import InvalidInput, OutOfMemory
 from ciuic_runtime.memory.hierarchy import MemoryHierarchy
 from ciuic_runtime.memory.page_store import PageStore
 from ciuic_runtime.ops.native import kernels
-from ciuic_runtime.packing import pack
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="the compiled parts are not built here")
-
-
-@pytest.fixture(scope="module")
-def packed(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "tiny-int4"
-    pack(tiny_v3, out, "int4")
-    return out
-
-
-@pytest.fixture
-def memory(packed: Path) -> Iterator[MemoryHierarchy]:
-    found = MemoryHierarchy(packed)
-    yield found
-    found.close()
 
 
 def content(memory: MemoryHierarchy, page: str) -> torch.Tensor:
     return memory.slot_of(memory.number(page))
 
 
-def test_pages_are_moved_asked_for_and_evicted_by_name_or_layer(memory: MemoryHierarchy, packed: Path) -> None:
-    model, store = ciuic.Model(packed), PageStore(packed)
+def test_pages_are_moved_asked_for_and_evicted_by_name_or_layer(memory: MemoryHierarchy, tiny_int4: Path) -> None:
+    model, store = ciuic.Model(tiny_int4), PageStore(tiny_int4)
     for layer in model.layers:
         assert not memory.is_in_device_memory(layer.weights)
         memory.move_to_device(layer.weights, "CPU")
@@ -58,11 +42,11 @@ def test_pages_are_moved_asked_for_and_evicted_by_name_or_layer(memory: MemoryHi
     assert memory.where(model.layers[1].weights[0]) == "disk"
 
 
-def test_pinned_pages_stay_while_others_come_and_go(packed: Path) -> None:
-    pages = MemoryHierarchy(packed).pages
+def test_pinned_pages_stay_while_others_come_and_go(tiny_int4: Path) -> None:
+    pages = MemoryHierarchy(tiny_int4).pages
     experts = [page for page in pages if ".experts." in page]
     budget = max(pages.values()) + 3 * pages[experts[0]]
-    memory = MemoryHierarchy(packed, memory={"cpu": budget}, cache_policy="lru")
+    memory = MemoryHierarchy(tiny_int4, memory={"cpu": budget}, cache_policy="lru")
     memory.pin(experts[:2])
     for page in experts[2:]:
         memory.move_to_device(page)
@@ -97,7 +81,7 @@ def test_the_budget_can_be_lowered_and_raised(memory: MemoryHierarchy) -> None:
         memory.set_budget("cpu", "900TiB")
 
 
-def test_what_it_does_not_know_is_refused(memory: MemoryHierarchy, packed: Path) -> None:
+def test_what_it_does_not_know_is_refused(memory: MemoryHierarchy, tiny_int4: Path) -> None:
     with pytest.raises(InvalidInput, match=r"'layers.9.mlp' is not known.*pages are like embedding"):
         memory.where("layers.9.mlp")
     with pytest.raises(InvalidInput, match="on cpu and on disk only"):
@@ -105,19 +89,19 @@ def test_what_it_does_not_know_is_refused(memory: MemoryHierarchy, packed: Path)
     with pytest.raises(InvalidInput, match="give it a model"):
         ciuic.MemoryHierarchy().is_in_device_memory("embedding")
     with pytest.raises(OutOfMemory, match="too little"):
-        MemoryHierarchy(packed, memory={"cpu": 4096})
+        MemoryHierarchy(tiny_int4, memory={"cpu": 4096})
     with pytest.raises(InvalidInput, match="cache policy"):
-        MemoryHierarchy(packed, cache_policy="best")
+        MemoryHierarchy(tiny_int4, cache_policy="best")
 
 
 def test_an_unpacked_checkpoint_is_packed_as_it_is_read_and_says_so_once(
-    tiny_v3: Path, packed: Path, caplog: pytest.LogCaptureFixture
+    tiny_v3: Path, tiny_int4: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "ciuic"):
         raw = MemoryHierarchy(tiny_v3, format="int4")
         raw.move_to_device(list(raw.pages))
     assert caplog.text.count("is not packed") == 1
-    store = PageStore(packed)
+    store = PageStore(tiny_int4)
     for page, nbytes in raw.pages.items():
         expected = host_buffer(nbytes)
         store.read_page(page, expected)
@@ -126,7 +110,7 @@ def test_an_unpacked_checkpoint_is_packed_as_it_is_read_and_says_so_once(
 
 
 def test_where_o_direct_is_refused_pages_come_through_the_cache(
-    packed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_int4: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = os.open
 
@@ -136,7 +120,7 @@ def test_where_o_direct_is_refused_pages_come_through_the_cache(
         return real(path, flags, *rest)
 
     monkeypatch.setattr(os, "open", refusing)
-    memory = MemoryHierarchy(packed)
+    memory = MemoryHierarchy(tiny_int4)
     with caplog.at_level(logging.WARNING, "ciuic"):
         memory.move_to_device(list(memory.pages))
     assert caplog.text.count("refuses O_DIRECT") == 1

@@ -8,7 +8,6 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,20 +30,6 @@ from ciuic_runtime.packing import pack
 pytestmark = pytest.mark.skipif(kernels() is None, reason="the compiled parts are not built here")
 
 
-@pytest.fixture(scope="module")
-def packed(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "tiny-int4"
-    pack(tiny_v3, out, "int4")
-    return out
-
-
-@pytest.fixture
-def memory(packed: Path) -> Iterator[MemoryHierarchy]:
-    found = MemoryHierarchy(packed)
-    yield found
-    found.close()
-
-
 def content(memory: MemoryHierarchy, page: str) -> torch.Tensor:
     return memory.slot_of(memory.number(page))
 
@@ -55,10 +40,10 @@ def stored(store: PageStore, page: str) -> torch.Tensor:
     return into
 
 
-def test_a_slot_holds_its_page_whatever_came_before_it(packed: Path) -> None:
+def test_a_slot_holds_its_page_whatever_came_before_it(tiny_int4: Path) -> None:
     """Slots are used again and again, by pages of all sizes, within a budget of two of the largest."""
-    store, draw = PageStore(packed), random.Random(0)
-    memory = MemoryHierarchy(packed, memory={"cpu": 2 * max(store.pages.values())}, cache_policy="lru", io_threads=2)
+    store, draw = PageStore(tiny_int4), random.Random(0)
+    memory = MemoryHierarchy(tiny_int4, memory={"cpu": 2 * max(store.pages.values())}, cache_policy="lru", io_threads=2)
     expected = {page: stored(store, page) for page in store.pages}
     for _ in range(300):
         some = draw.sample(list(expected), draw.randint(1, 3))
@@ -71,8 +56,10 @@ def test_a_slot_holds_its_page_whatever_came_before_it(packed: Path) -> None:
     memory.close()
 
 
-def test_pages_are_named_by_themselves_by_their_names_and_more_than_once(memory: MemoryHierarchy, packed: Path) -> None:
-    layer = ciuic.Model(packed).layers[1]
+def test_pages_are_named_by_themselves_by_their_names_and_more_than_once(
+    memory: MemoryHierarchy, tiny_int4: Path
+) -> None:
+    layer = ciuic.Model(tiny_int4).layers[1]
     first, second = layer.weights[:2]
     memory.move_to_device([first, first.name, first, second.name])
     assert memory.is_in_device_memory(page for page in (first, second))
@@ -87,9 +74,9 @@ def test_pages_are_named_by_themselves_by_their_names_and_more_than_once(memory:
     assert memory.pool.memory().used == 0
 
 
-def test_many_threads_move_pages_at_once(packed: Path) -> None:
-    store = PageStore(packed)
-    memory = MemoryHierarchy(packed, memory={"cpu": sum(store.pages.values()) // 2}, io_threads=3)
+def test_many_threads_move_pages_at_once(tiny_int4: Path) -> None:
+    store = PageStore(tiny_int4)
+    memory = MemoryHierarchy(tiny_int4, memory={"cpu": sum(store.pages.values()) // 2}, io_threads=3)
     experts = [page for page in memory.pages if ".experts." in page]
 
     def move(seed: int) -> None:
@@ -107,10 +94,10 @@ def test_many_threads_move_pages_at_once(packed: Path) -> None:
     memory.close()
 
 
-def test_a_prefetch_of_more_than_fits_is_read_as_far_as_it_does(packed: Path) -> None:
-    pages = PageStore(packed).pages
+def test_a_prefetch_of_more_than_fits_is_read_as_far_as_it_does(tiny_int4: Path) -> None:
+    pages = PageStore(tiny_int4).pages
     experts = [page for page in pages if ".experts." in page]
-    memory = MemoryHierarchy(packed, memory={"cpu": 8 * pages[experts[0]]})
+    memory = MemoryHierarchy(tiny_int4, memory={"cpu": 8 * pages[experts[0]]})
     memory.prefetch(experts)
     for page in reversed(experts):
         memory.move_to_device(page)
@@ -139,25 +126,25 @@ def test_a_hierarchy_without_a_model_has_a_budget_and_no_pages() -> None:
 
 
 @pytest.mark.parametrize("device", ["GPU", "cuda:0", "cpu:1", "disk", ""])
-def test_pages_are_moved_to_no_other_device(device: str, memory: MemoryHierarchy, packed: Path) -> None:
+def test_pages_are_moved_to_no_other_device(device: str, memory: MemoryHierarchy, tiny_int4: Path) -> None:
     with pytest.raises(InvalidInput, match="this hierarchy has pages on cpu and on disk only"):
         memory.move_to_device("embedding", device)
     with pytest.raises(InvalidInput, match="on cpu and on disk only"):
         memory.set_budget(device, "1GiB")
     with pytest.raises(InvalidInput, match="on cpu and on disk only"):
-        MemoryHierarchy(packed, memory={device: "1GiB"})
+        MemoryHierarchy(tiny_int4, memory={device: "1GiB"})
     assert memory.where("embedding") == "disk"
 
 
-def test_too_small_a_budget_is_refused_with_the_least_and_with_what_would_hold_everything(packed: Path) -> None:
-    pages = PageStore(packed).pages
+def test_too_small_a_budget_is_refused_with_the_least_and_with_what_would_hold_everything(tiny_int4: Path) -> None:
+    pages = PageStore(tiny_int4).pages
     least, whole, reserved = max(pages.values()), sum(pages.values()), 10_000
     with pytest.raises(OutOfMemory) as refused:
-        MemoryHierarchy(packed, memory={"cpu": least + reserved - 1}, reserved=reserved)
+        MemoryHierarchy(tiny_int4, memory={"cpu": least + reserved - 1}, reserved=reserved)
     assert refused.value.need == least + reserved
     for nbytes in (least + reserved, least, whole):
         assert format_bytes(nbytes) in str(refused.value)
-    memory = MemoryHierarchy(packed, memory={"cpu": least + reserved}, reserved=reserved)
+    memory = MemoryHierarchy(tiny_int4, memory={"cpu": least + reserved}, reserved=reserved)
     assert (memory.budget, memory.minimum) == (least, least)
     with pytest.raises(OutOfMemory, match="--memory cpu="):
         memory.set_budget("cpu", least)
@@ -165,10 +152,10 @@ def test_too_small_a_budget_is_refused_with_the_least_and_with_what_would_hold_e
     memory.close()
 
 
-def test_pages_that_do_not_fit_beside_what_is_pinned_are_refused_before_any_is_read(packed: Path) -> None:
-    pages = PageStore(packed).pages
+def test_pages_that_do_not_fit_beside_what_is_pinned_are_refused_before_any_is_read(tiny_int4: Path) -> None:
+    pages = PageStore(tiny_int4).pages
     experts = [page for page in pages if ".experts." in page]
-    memory = MemoryHierarchy(packed, memory={"cpu": max(pages.values()) + 4 * pages[experts[0]]})
+    memory = MemoryHierarchy(tiny_int4, memory={"cpu": max(pages.values()) + 4 * pages[experts[0]]})
     memory.pin(experts[:4])
     room = max(pages.values()) // pages[experts[0]]
     memory.move_to_device(experts[4 : 4 + room])
@@ -220,9 +207,11 @@ _open = os.open
 
 
 @pytest.mark.parametrize("refused", ["opening", "reading"])
-def test_the_page_caches_bytes_are_the_right_ones(refused: str, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_caches_bytes_are_the_right_ones(
+    refused: str, tiny_int4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the file system refuses O_DIRECT when it opens, and where it refuses the reads only."""
-    store, memory = PageStore(packed), MemoryHierarchy(packed)
+    store, memory = PageStore(tiny_int4), MemoryHierarchy(tiny_int4)
     names = [page for page in store.pages if ".experts." in page]
     if refused == "opening":
         monkeypatch.setattr(os, "open", refuse_direct)
@@ -237,8 +226,8 @@ def test_the_page_caches_bytes_are_the_right_ones(refused: str, packed: Path, mo
 
 
 def test_without_the_compiled_parts_a_packed_model_is_refused_in_one_line(
-    packed: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_int4: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ciuic_runtime.memory._page_reader", None)
     with pytest.raises(InvalidInput, match="compiled"):
-        MemoryHierarchy(packed)
+        MemoryHierarchy(tiny_int4)

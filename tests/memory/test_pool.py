@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ciuic_runtime.devices.errors import InvalidInput, OutOfMemory
-from ciuic_runtime.memory.pool import TensorPool, slot_size
+from ciuic_runtime.memory.arena import slot_size
+from ciuic_runtime.memory.pool import TensorPool
 from ciuic_runtime.memory.tensor import CiuicTensor
 
 

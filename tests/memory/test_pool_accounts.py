@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ciuic_runtime.devices.errors import InvalidInput, OutOfMemory
-from ciuic_runtime.memory.pool import TensorPool, slot_size
+from ciuic_runtime.memory.arena import slot_size
+from ciuic_runtime.memory.pool import TensorPool
 from ciuic_runtime.memory.tensor import CiuicTensor
 
 SIZES = [1, 64, 65, 4000, 4096, 5000, 20_000]
