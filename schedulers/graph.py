@@ -20,6 +20,7 @@ class Page:
 
     name: str  # layers.14.experts.27
     nbytes: int
+    row_nbytes: int = 0  # of a table of which a pass needs single rows, which can be read one by one; 0: needed whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ def check_memory(schedule: Schedule, graph: TaskGraph, workload: Workload) -> No
 
 def _check_paging(schedule: Schedule, paging: Paging, graph: TaskGraph, workload: Workload) -> None:
     """Raises OutOfMemory, with what would do, where not even one page at a time fits."""
-    largest = max(page.nbytes for page in graph.pages.values())
+    largest = max(page.nbytes for page in graph.pages.values() if not page.row_nbytes)
     if paging.cache_bytes >= largest:
         return
     need, room = (

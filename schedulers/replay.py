@@ -144,7 +144,7 @@ def hit_rate(policy: str, warm: Routing, scored: Routing, capacity: int) -> floa
     """Of a policy with room for `capacity` experts, on `scored` after `warm`."""
     liked = warm.popularity()
     pages = [
-        PageFacts(f"layers.{n}.experts.{e}", 1, i, True, float(liked[i, e]))
+        PageFacts(f"layers.{n}.experts.{e}", 1, i, routed=True, popularity=float(liked[i, e]))
         for i, n in enumerate(warm.layers)
         for e in range(warm.num_experts)
     ]

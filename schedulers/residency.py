@@ -21,6 +21,7 @@ class PageFacts:
     nbytes: int
     place: int  # in a forward pass; pages that are needed at the same time have the same
     routed: bool = False  # needed by some tokens only; all others are needed in every pass
+    by_rows: bool = False  # a pass can read the rows that it needs: never needed whole, and first to go
     popularity: float = 0.0  # expected uses per token
 
 
@@ -85,6 +86,7 @@ class Residency:
         self.pages, self.policy = tuple(pages), policy
         self.places = max((p.place for p in pages), default=0) + 1
         self.used = 0  # bytes of what is there or on its way
+        self.total = sum(p.nbytes for p in pages)
         self._num_resident = 0
         self.where = [Where.ABSENT] * len(pages)
         self.counts = Counts()
@@ -93,10 +95,12 @@ class Residency:
         self.held = [0] * len(pages)
         self.pinned = [False] * len(pages)
         self.pinned_nbytes = 0
-        self.minimum = max((p.nbytes for p in pages), default=0)  # bytes below which no pass can be made: a page's
+        # Bytes below which no pass can be made: a page's.
+        self.minimum = max((p.nbytes for p in pages if not p.by_rows), default=0)
         self._fresh = [False] * len(pages)  # read since its last use
         self._place = np.array([p.place for p in pages], dtype=np.int64)
         self._routed = np.array([p.routed for p in pages], dtype=bool)
+        self._by_rows = np.array([p.by_rows for p in pages], dtype=bool)
         self._idle = np.zeros(len(pages), dtype=bool)  # resident and not held
         self._expected = np.zeros(len(pages), dtype=bool)
         self._group: dict[int, list[int]] = {}  # place -> expected pages
@@ -287,12 +291,13 @@ class Residency:
         return True
 
     def _victim(self, urgent: bool) -> int | None:
-        """Step 1: a routed page that nobody expects. Step 2: a page of every pass. Step 3: for somebody who waits, an
-        expected one."""
+        """Step 1: a routed page that nobody expects, or one by rows. Step 2: a page of every pass. Step 3: for somebody
+        who waits, an expected one."""
         if self._keys is None:
             self._keys = self._worth()
         free = self._idle & ~self._expected
-        for candidates in (free & self._routed, free & ~self._routed, self._idle if urgent else None):
+        first = self._routed | self._by_rows
+        for candidates in (free & first, free & ~first, self._idle if urgent else None):
             if candidates is not None and candidates.any():
                 return int(np.where(candidates, self._keys, np.inf).argmin())
         return None
@@ -304,8 +309,11 @@ class Residency:
         valued = self.policy(self.use)
         if self.scanning:  # by next use; among pages of one place by the policy
             low, high = valued.min(), valued.max()
-            return nearness + ((valued - low) / (high - low) * 0.5 if high > low else 0.0)
-        return np.where(self._routed, valued, nearness)
+            worth = nearness + ((valued - low) / (high - low) * 0.5 if high > low else 0.0)
+        else:
+            worth = np.where(self._routed, valued, nearness)
+        worth[self._by_rows] = -np.inf
+        return worth
 
     def _evict(self, page: int) -> Evict:
         self.where[page] = Where.ABSENT

@@ -106,8 +106,10 @@ class _Clock:
 
     def _page(self, task: Task, paging: Paging, seconds: float, step: Step) -> None:
         """Reads what is not there: routed experts from when they are guessed, `lookahead` layers earlier, other pages
-        from the task before. What is there computes meanwhile."""
-        if task.num_experts:
+        from the task before, rows of tables when they are needed. What is there computes meanwhile."""
+        if task.pages[0].row_nbytes:
+            share, asked, nbytes = 0.0, self.now, float(task.work(step.phase).rows(step) * task.pages[0].row_nbytes)
+        elif task.num_experts:
             share = self.routed_stays
             nbytes = (1 - share) * task.expected_experts(step.tokens) * task.pages[0].nbytes
             self.asked.append(self.now)

@@ -14,6 +14,8 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -26,6 +28,9 @@
 namespace nb = nanobind;
 
 namespace {
+
+constexpr int64_t kBlock = 4096;      // what direct reads come in
+constexpr size_t kRowsPerThread = 4;  // fewer are not worth another thread
 
 double now() {  // as Python's time.perf_counter()
     timespec t;
@@ -123,6 +128,40 @@ class PageReader {
         return result;
     }
 
+    // Fills `into` with so many bytes at each of these offsets, side by side, on threads for this call alone: few bytes
+    // each, so what counts is how many are under way at once. errno and bytes missing.
+    std::tuple<int, int64_t> read_rows(int direct, int plain, const std::vector<int64_t>& offsets, int64_t nbytes,
+                                       uintptr_t into) {
+        if (nbytes <= 0) throw std::invalid_argument("a row has at least one byte");
+        nb::gil_scoped_release unlocked;
+        std::atomic<size_t> next{0};
+        std::atomic<int> error{0};
+        std::atomic<int64_t> missing{0};
+        const auto some = [&] {
+            const int64_t most = (nbytes + 2 * kBlock - 2) / kBlock * kBlock;  // that a row can lie across
+            std::unique_ptr<uint8_t, decltype(&std::free)> block(
+                static_cast<uint8_t*>(std::aligned_alloc(kBlock, most)), &std::free);
+            if (!block) {
+                error = ENOMEM;
+                return;
+            }
+            for (size_t i; !error && (i = next++) < offsets.size();) {
+                const int64_t first = offsets[i] / kBlock * kBlock, skip = offsets[i] - first;
+                const int64_t whole = (skip + nbytes + kBlock - 1) / kBlock * kBlock;
+                int64_t lacks = 0;
+                if (const int e = read(direct, plain, first, block.get(), whole, lacks)) error = e;
+                if (lacks) missing += lacks;
+                std::memcpy(reinterpret_cast<uint8_t*>(into) + i * nbytes, block.get() + skip, nbytes);
+            }
+        };
+        std::vector<std::thread> helpers;
+        const size_t threads = std::min(workers_.size(), (offsets.size() + kRowsPerThread - 1) / kRowsPerThread);
+        while (helpers.size() + 1 < threads) helpers.emplace_back(some);
+        some();
+        for (auto& helper : helpers) helper.join();
+        return {error.load(), missing.load()};
+    }
+
     int64_t in_flight() {
         std::lock_guard<std::mutex> lock(mutex_);
         return static_cast<int64_t>(jobs_.size());
@@ -155,7 +194,7 @@ class PageReader {
             const bool give_up = j->error != 0;
             lock.unlock();
             int64_t missing = 0;
-            const int error = give_up ? 0 : read(*j, at, n, missing);
+            const int error = give_up ? 0 : read(j->direct, j->plain, j->offset + at, j->into + at, n, missing);
             lock.lock();
             if (error && !j->error) j->error = error;
             j->missing += missing;
@@ -172,26 +211,26 @@ class PageReader {
     }
 
     // One piece; 0 or an errno.
-    int read(Job& j, int64_t at, int64_t n, int64_t& missing) {
-        int file = j.direct >= 0 ? j.direct : j.plain;
+    int read(int direct, int plain, int64_t offset, uint8_t* into, int64_t n, int64_t& missing) {
+        int file = direct >= 0 ? direct : plain;
         int64_t got = 0;
         while (got < n) {
-            const ssize_t r = pread(file, j.into + at + got, n - got, j.offset + at + got);
+            const ssize_t r = pread(file, into + got, n - got, offset + got);
             if (r > 0) {
                 got += r;
             } else if (r == 0) {
                 missing = n - got;
                 break;
-            } else if (errno == EINVAL && file == j.direct) {
-                file = j.plain;  // some file systems accept the flag and refuse the read
+            } else if (errno == EINVAL && file == direct) {
+                file = plain;  // some file systems accept the flag and refuse the read
             } else if (errno != EINTR) {
                 return errno;
             }
         }
-        if (file == j.plain) {
+        if (file == plain) {
             plain_nbytes_ += got;
 #ifdef POSIX_FADV_DONTNEED
-            posix_fadvise(file, j.offset + at, got, POSIX_FADV_DONTNEED);  // it is held in a slot: not here as well
+            posix_fadvise(file, offset, got, POSIX_FADV_DONTNEED);  // it is held in a slot: not here as well
 #endif
         }
         return 0;
@@ -219,6 +258,7 @@ NB_MODULE(_page_reader, m) {
         .def("promote", &PageReader::promote)
         .def("cancel", &PageReader::cancel)
         .def("finished", &PageReader::finished)
+        .def("read_rows", &PageReader::read_rows)
         .def("stop", &PageReader::stop, nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("in_flight", &PageReader::in_flight)
         .def_prop_ro("plain_nbytes", &PageReader::plain_nbytes);

@@ -12,7 +12,7 @@ import torch
 
 from ciuic_runtime.devices.backend import Backend
 from ciuic_runtime.devices.cpu import parse_cpu_list
-from ciuic_runtime.engine.paged import Ahead, Guess, PagedExperts, PagedFunction
+from ciuic_runtime.engine.paged import Ahead, Guess, PagedExperts, PagedFunction, PagedTable
 from ciuic_runtime.engine.recorder import READ, SAMPLE, WAIT, Recorder
 from ciuic_runtime.engine.weights import load_native, load_tensors
 from ciuic_runtime.memory.hierarchy import MemoryHierarchy
@@ -193,6 +193,8 @@ class LocalExecutor:
         if i.task.num_experts:
             run = forward.experts_in_slots(i.task, layout)
             i.paged_experts = PagedExperts(self.memory, i.task, run)
+        elif i.task.pages[0].row_nbytes:
+            i.paged = PagedTable(self.memory, i.task, layout, forward.function, forward.embedding_by_rows)
         else:
             i.paged = PagedFunction(self.memory, i.task, layout, forward.function)
 
@@ -200,12 +202,12 @@ class LocalExecutor:
         """What is read ahead, and from where: the next pages that every pass needs; in scans, at each router the next
         layer's experts; else, at the start of a layer, those that the router `lookahead` layers further would choose
         (at the start of the first, of all routers up to there)."""
-        dense = [i.paged.page for i in program if i.paged]
+        dense = [i.paged.page for i in program if i.paged and not i.task.pages[0].row_nbytes]
         experts = {i.task.layer: i.paged_experts for i in program if i.paged_experts and i.task.layer is not None}
         paged = {i.task.name: i.paged for i in program if i.paged}
         begun: set[int] = set()
         for i in program:
-            dense = dense[1:] if i.paged else dense
+            dense = dense[1:] if i.paged and i.paged.page in dense[:1] else dense
             i.ahead = ahead = Ahead(tuple(dense[:DENSE_AHEAD]))
             layer, last = i.task.layer, (i.task.layer or 0) + self.lookahead
             i.routes = experts.get(layer) if i.task.kind == "router" and layer is not None else None

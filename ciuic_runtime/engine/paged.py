@@ -11,7 +11,7 @@ import torch
 
 from ciuic_runtime.memory.hierarchy import MemoryHierarchy, Request
 from ciuic_runtime.models.layout import PageLayout
-from ciuic_runtime.models.native_forward import SlotExpertsFunction, TaskFunction
+from ciuic_runtime.models.native_forward import ReadRows, SlotExpertsFunction, TaskFunction
 from ciuic_runtime.models.native_pages import NativePage, page_of_block
 from ciuic_runtime.schedulers.graph import Task
 from ciuic_runtime.schedulers.residency import Where
@@ -49,6 +49,29 @@ class PagedFunction:
             self._address = slot.data_ptr()
             self._function = self._make(self._task, page_of_block(self._layout, slot))
         return self._function
+
+
+class PagedTable(PagedFunction):
+    """A task that needs single rows of its page's table, which are read one by one where the page is not there."""
+
+    def __init__(
+        self, memory: MemoryHierarchy, task: Task, layout: PageLayout, make: Callable[[Task, NativePage], TaskFunction],
+        make_by_rows: Callable[[ReadRows], TaskFunction],
+    ) -> None:  # fmt: skip
+        super().__init__(memory, task, layout, make)
+        self._offset, self._row_nbytes = layout.part("weight").offset, task.pages[0].row_nbytes
+        self._by_rows = make_by_rows(self._read)
+
+    def bound(self) -> TaskFunction:
+        """The page comes into memory itself only where there is room for everything."""
+        if self.is_there:
+            return super().bound()
+        if self._memory.state.total <= self._memory.budget:
+            self._memory.expect([self.page])
+        return self._by_rows
+
+    def _read(self, numbers: list[int], into: torch.Tensor) -> None:
+        self._memory.rows(self.page, self._offset, self._row_nbytes, numbers, into)
 
 
 class PagedExperts:

@@ -9,6 +9,8 @@ class PageReader:
         """Whether it was taken back before anything was read; else it ends early, with ECANCELED, if it can."""
     def finished(self, seconds: float, /) -> list[tuple[int, int, int, float, float]]:
         """(ticket, errno, bytes missing at the file's end, start, end) of each; waits so long for the first."""
+    def read_rows(self, direct: int, plain: int, offsets: list[int], nbytes: int, into: int, /) -> tuple[int, int]:
+        """Fills memory from the address `into` on with so many bytes at each offset; waits. (errno, bytes missing)."""
     def stop(self) -> None: ...
     @property
     def in_flight(self) -> int: ...

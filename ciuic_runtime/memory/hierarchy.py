@@ -48,7 +48,8 @@ def page_facts(graph: TaskGraph) -> list[PageFacts]:
     for place, task in enumerate(graph):
         for i, page in enumerate(task.pages):
             liked = task.popularity[i] if task.popularity else 0.0
-            facts.setdefault(page.name, PageFacts(page.name, page.nbytes, place, bool(task.num_experts), liked))
+            routed, by_rows = bool(task.num_experts), bool(page.row_nbytes)
+            facts.setdefault(page.name, PageFacts(page.name, page.nbytes, place, routed, by_rows, liked))
     return list(facts.values())
 
 
@@ -225,10 +226,10 @@ class MemoryHierarchy:
     def begin_reading(self, progress: Callable[[int, int], None]) -> None:
         """Before the first pass: where everything fits it is loaded, else what every pass needs begins to be read."""
         with self._lock:
-            total, every = sum(p.nbytes for p in self.state.pages), range(len(self.state.pages))
+            total, every = self.state.total, range(len(self.state.pages))
             self.state.begin_step()
             if total > self.state.budget:
-                self.expect(n for n in every if not self.state.pages[n].routed)
+                self.expect(n for n in every if not (self.state.pages[n].routed or self.state.pages[n].by_rows))
                 return
             done = 0
             for ready in self.take(every):
@@ -266,6 +267,16 @@ class MemoryHierarchy:
         next(come)
         self._open = come
         return self._slots[page]
+
+    def rows(self, page: int, offset: int, row_nbytes: int, numbers: Sequence[int], into: torch.Tensor) -> None:
+        """Rows of a table of the page that is not there: fills `into`, uint8 [len(numbers), row_nbytes]. The table
+        begins `offset` bytes into the page."""
+        name, begin = self.state.pages[page].name, perf_counter()
+        self._source_of().rows(name, [offset + row_nbytes * n for n in numbers], row_nbytes, into)
+        end = perf_counter()
+        self._stalls.disk += end - begin
+        self._bytes_read += into.numel()
+        self.on_read(name, into.numel(), begin, end)
 
     def take(self, pages: Sequence[int]) -> Iterator[list[int]]:
         """Pages of one place: those that are there, then the others as they come. Each list is held until the next is
@@ -465,7 +476,9 @@ class MemoryHierarchy:
     def _check_pins(self, numbers: set[int]) -> None:
         """That beside what is pinned every other page can still come, one at a time."""
         pinned = sum(self.state.pages[n].nbytes for n in numbers)
-        others = max((p.nbytes for n, p in enumerate(self.state.pages) if n not in numbers), default=0)
+        others = max(
+            (p.nbytes for n, p in enumerate(self.state.pages) if n not in numbers and not p.by_rows), default=0
+        )
         if pinned + others > self.state.budget:
             raise OutOfMemory(
                 f"{len(numbers)} pinned pages take {format_bytes(pinned)} on {self.device}, which has "
@@ -491,7 +504,7 @@ class MemoryHierarchy:
             budget = parse_bytes(next(iter(memory.values()))) - self.reserved
         else:
             budget = sum(d.memory_free_bytes or d.memory_bytes for d in discover_cpus()) - self.reserved
-        largest = max((slot_size(p.nbytes) for p in facts), default=0)
+        largest = max((slot_size(p.nbytes) for p in facts if not p.by_rows), default=0)
         if budget < largest:
             raise _below_minimum(self.device, budget + self.reserved, largest + self.reserved, facts)
         return min(budget, total) if facts else budget
@@ -501,7 +514,8 @@ def _below_minimum(device: str, given: int, least: int, pages: Sequence[PageFact
     whole = sum(p.nbytes for p in pages)
     return OutOfMemory(
         f"{format_bytes(max(0, given))} on {device} are too little: the least is {format_bytes(least)} "
-        f"(one page at a time, the largest has {format_bytes(max(p.nbytes for p in pages))}), and all pages take "
+        f"(one page at a time, the largest has {format_bytes(max(p.nbytes for p in pages if not p.by_rows))}), and all "
+        f"pages take "
         f"{format_bytes(whole)}; give more (--memory {device}=...), or take a smaller format",
         need=least, capacity=max(0, given),
     )  # fmt: skip

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import xxhash
 
+from ciuic_runtime.devices.backend import host_buffer
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.models.config import read_config
 from ciuic_runtime.models.config_fields import read_json_object
@@ -28,11 +29,16 @@ from ciuic_runtime.models.tensors import tensors_by_page
 INDEX = "model.safetensors.index.json"
 FORMAT_KEY, VERSION_KEY, CHECKSUM_KEY = "ciuic_format", "ciuic_layout_version", "xxh3_128 "  # in a file's metadata
 _MAX_READ = 1 << 30  # bytes at a time; a multiple of PAGE_ALIGN
+_PIECE = 4 << 20  # bytes that are checked at a time of a page that is not kept; a multiple of PAGE_ALIGN
 
 
 def checksum(page: str, data: torch.Tensor) -> str:
     """XXH3-128 of the bytes, seeded with the page's name: the bytes of another page do not have it."""
-    return xxhash.xxh3_128_hexdigest(data.numpy().data, seed=xxhash.xxh3_64_intdigest(page.encode()))
+    return xxhash.xxh3_128_hexdigest(data.numpy().data, seed=_seed(page))
+
+
+def _seed(page: str) -> int:
+    return xxhash.xxh3_64_intdigest(page.encode())
 
 
 def checksum_of_all(checksums: Iterable[str]) -> str:
@@ -69,10 +75,24 @@ class PageStore:
         self.file_of(name).read(page.tensor.begin, into, name)
         self.verify(name, into)
 
+    def verify_stored(self, name: str) -> None:
+        """As `verify`, of what is in the file; the page is read piece by piece and not kept."""
+        file, begin, left = self.file_of(name), self.offset(name), self.pages[name]
+        hashed, piece = xxhash.xxh3_128(seed=_seed(name)), host_buffer(min(left, _PIECE))
+        while left:
+            part = piece[: min(left, len(piece))]
+            file.read(begin, part, name)
+            hashed.update(part.numpy().data)
+            begin, left = begin + len(part), left - len(part)
+        self._compare(name, hashed.hexdigest())
+
     def verify(self, name: str, data: torch.Tensor) -> None:
         """Raises InvalidInput, naming page and file, unless `data` is what was packed as this page."""
+        self._compare(name, checksum(name, data))
+
+    def _compare(self, name: str, found: str) -> None:
         page = self._stored[name]
-        if checksum(name, data) != page.checksum:
+        if found != page.checksum:
             raise InvalidInput(
                 f"{page.tensor.file} is damaged: page {name} does not have the checksum it was packed with; "
                 "copy the file again from where it came, or pack the model again"

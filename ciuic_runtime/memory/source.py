@@ -4,6 +4,7 @@ checkpoint, whose pages are gathered and packed by threads of Python. Knows no b
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from errno import ECANCELED
@@ -49,6 +50,11 @@ class PageSource(Protocol):
     def submit(self, page: str, into: torch.Tensor, order: int) -> int:
         """Begins to fill `into` (uint8, on the host); nobody may touch it until the read has finished. Those of smaller
         order come first."""
+
+    def rows(self, page: str, offsets: Sequence[int], nbytes: int, into: torch.Tensor) -> None:
+        """Reads so many bytes at each of these offsets in a page, side by side into `into`, uint8; waits for them.
+
+        Raises InvalidInput where they cannot be had, or the page's bytes are not its own."""
 
     def promote(self, ticket: int) -> None:
         """Somebody waits for it now: it comes before all that has an order above 0."""
@@ -100,6 +106,18 @@ class PackedSource:
         ticket = self._reader.submit(file.direct, file.plain, offset, into.numel(), into.data_ptr(), order)
         self._page[ticket] = page
         return ticket
+
+    def rows(self, page: str, offsets: Sequence[int], nbytes: int, into: torch.Tensor) -> None:
+        file, begin = self._store.file_of(page), self._store.offset(page)
+        if page not in self._verified or not file.unchanged():
+            self._store.verify_stored(page)
+            self._verified.add(page)
+        places = [begin + offset for offset in offsets]
+        errno, missing = self._reader.read_rows(file.direct, file.plain, places, nbytes, into.data_ptr())
+        if errno:
+            raise file.why_failed(page, os.strerror(errno))
+        if missing:
+            raise file.why_short(page, missing)
 
     def promote(self, ticket: int) -> None:
         self._reader.promote(ticket, 0)
@@ -162,6 +180,9 @@ class RepackingSource:
         ticket, self._next = self._next, self._next + 1
         self._work[ticket] = self._pool.submit(self._fill, ticket, page, into)
         return ticket
+
+    def rows(self, page: str, offsets: Sequence[int], nbytes: int, into: torch.Tensor) -> None:
+        raise AssertionError(f"{page} is packed as it is read: it cannot be had by rows")
 
     def promote(self, ticket: int) -> None:
         """Pages come in the order in which they were asked for."""

@@ -66,12 +66,23 @@ def page_nbytes(spec: ModelSpec, page: str, format: str) -> int:
     return sum(tensor_nbytes(t, format) for t in tensors_by_page(spec)[page])
 
 
+def table_row_nbytes(spec: ModelSpec, page: str) -> int:
+    """Of the embedding in a packed folder, where it lies row after row and is not the head's matrix as well; else 0."""
+    if page != "embedding" or spec.tied_embeddings or not spec.packed:
+        return 0
+    table = page_layout(spec, page, spec.packed).part("weight")
+    return table.nbytes // table.matrix[1]
+
+
 class _Builder:
     def __init__(self, spec: ModelSpec, format: str) -> None:
         self.spec, self.format, self.size = spec, format, DTYPE_BYTES[activation_dtype(format)]
         self.cache_size = DTYPE_BYTES[cache_dtype(format)]
         self.calls = KERNEL_CALLS if format in KERNEL_FORMATS else TORCH_CALLS
-        self.pages = {name: Page(name, page_nbytes(spec, name, format)) for name in tensors_by_page(spec)}
+        self.pages = {
+            name: Page(name, page_nbytes(spec, name, format), table_row_nbytes(spec, name))
+            for name in tensors_by_page(spec)
+        }
         self.parameters = {
             name: sum(t.num_parameters for t in members if t.is_matrix)
             for name, members in tensors_by_page(spec).items()

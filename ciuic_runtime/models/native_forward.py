@@ -35,6 +35,7 @@ class NativePass:
 TaskFunction = Callable[..., Any]  # (NativePass, *inputs) -> output
 ExpertsFunction = Callable[[NativePass, torch.Tensor, torch.Tensor], torch.Tensor]
 SlotExpertsFunction = Callable[[NativePass, torch.Tensor, torch.Tensor, Mapping[int, torch.Tensor]], torch.Tensor]
+ReadRows = Callable[[list[int], torch.Tensor], None]  # numbers, uint8 [numbers, bytes of a row] to be filled
 CombineFunction = Callable[[NativePass, torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
 
 
@@ -138,14 +139,26 @@ class NativeForward:
         return combine
 
     def _embedding(self, page: NativePage) -> TaskFunction:
-        table, hidden, run = page.address("weight"), self.spec.hidden_size, self.operators.embed
+        table = page.address("weight")
+        return keeping(page, lambda p: self._embed(p, table, p.batch.token_ids))
+
+    def embedding_by_rows(self, read: ReadRows) -> TaskFunction:
+        """The embedding of a table that is not in memory: `read` fetches the rows, bfloat16, that are asked for."""
 
         def embedding(p: NativePass) -> torch.Tensor:
-            out = self.buffers.get("residual.0", p.rows, hidden)
-            run(table, p.batch.token_ids.data_ptr(), p.rows, hidden, out.data_ptr())
-            return out
+            numbers, places = np.unique(p.batch.token_ids.numpy(), return_inverse=True)
+            table = self.buffers.get("embedding_rows", len(numbers), 2 * self.spec.hidden_size, torch.uint8)
+            read(numbers.tolist(), table)
+            return self._embed(p, table.data_ptr(), torch.from_numpy(places))
 
-        return keeping(page, embedding)
+        return embedding
+
+    def _embed(self, p: NativePass, table: int, ids: torch.Tensor) -> torch.Tensor:
+        """ids: int64 [rows], of rows of the bfloat16 table at that address."""
+        hidden = self.spec.hidden_size
+        out = self.buffers.get("residual.0", p.rows, hidden)
+        self.operators.embed(table, ids.data_ptr(), p.rows, hidden, out.data_ptr())
+        return out
 
     def _norm(self, page: NativePage, last: bool) -> TaskFunction:
         """RMSNorm; the last one takes only the rows whose logits are wanted."""

@@ -1,5 +1,6 @@
 """Everything on one device whose memory is too small for it: pages come from disk when they are needed.
-What every pass needs has its home in memory as far as it fits, first things first; routed experts share the rest."""
+What every pass needs has its home in memory as far as it fits, first things first; routed experts share the rest.
+Of a table that can be read by rows (the embedding), a pass reads its tokens' rows: experts make more of the memory."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def paged_on(
     left, stays = cache_bytes, set()
     for task in graph:
         for page in () if task.num_experts else task.pages:
-            if page.name not in stays and page.nbytes <= left:
+            if page.name not in stays and not page.row_nbytes and page.nbytes <= left:
                 left -= page.nbytes
                 stays.add(page.name)
     whole = all_on(graph, topology, cost, fixed, device=device)
@@ -49,7 +50,7 @@ def resident_share(schedule: Schedule, graph: TaskGraph) -> tuple[float, float]:
     if paging is None:
         return 1.0, 1.0
     routed = sum(task.nbytes for task in graph if task.num_experts)
-    dense = graph.nbytes - routed
+    dense = sum(p.nbytes for task in graph if not task.num_experts for p in task.pages if not p.row_nbytes)
     return (
         min(1.0, paging.cache_bytes / dense) if dense else 1.0,
         min(1.0, max(0, paging.cache_bytes - dense) / routed) if routed else 1.0,
