@@ -9,6 +9,9 @@ own step without its waits; the disk rate is the best of a reader that does noth
 and after each turn (`disk.py`). Processes are started anew for every turn, since two do not fit beside each other; our
 first generation fills the cache and does not count, nor does the peer's first repeat.
 
+The first token of a cold start is measured twice: on memory that the machine still holds (`ballast.py`), which is what
+the goal is about, and as it comes, where a virtual machine may have to get its memory back from the host.
+
 Goals: 90 % of the bound, for decode and for a prompt of 512; against llama.cpp 2.2 x in bf16, 5 x in int4; the first
 token of a cold start within 1.2 x of what its bytes take; guessing hides 80 % of what the bound lets it hide."""
 
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ballast import Ballast
 from cases import model_arguments
 from disk import best, disk_rates, rates_line
 from limited import MemoryLimit
@@ -29,7 +33,9 @@ from peer import Peer, peer_from
 from process import Meter
 from rounds import Report, against, note
 
+from ciuic_runtime.devices.cpu import discover_cpus
 from ciuic_runtime.devices.units import format_bytes, parse_bytes
+from ciuic_runtime.model import Model
 from ciuic_runtime.models.config import read_config
 from ciuic_runtime.models.layout import page_layout
 from ciuic_runtime.models.spec import ModelSpec
@@ -38,6 +44,7 @@ from ciuic_runtime.models.tensors import tensors_by_page
 WARM, NEW, SHORT, LONG = 160, 129, 16, 512  # tokens: generated to fill the cache, measured, prompts
 CONTEXT = 1024
 GOALS = {"int4": 5.0, "int8": 5.0, "bfloat16": 2.2}  # x llama.cpp
+LEFT_FREE = 3 << 30  # bytes of memory, by the ballast
 MOST_OTHERS = 0.05  # of the processors' time
 MOST_DISK_CHANGE = 0.15  # between before and after a turn
 
@@ -48,7 +55,7 @@ class Turn:
 
     cold_s: float  # from the process's start to its first token
     first_token_s: float  # of that, from the prompt to the token
-    cold_bytes: float  # read by then
+    needed_bytes: float  # of pages, for that
     decode: dict[str, float]  # seconds, wait, bytes, hit_rate
     prefill: dict[str, float]
     peak: int  # bytes of the cgroup
@@ -72,22 +79,35 @@ class Case:
         pages = {page: page_layout(self.spec, page, self.format).nbytes for page in tensors_by_page(self.spec)}
         self.expert = next(n for page, n in pages.items() if ".experts." in page)
         self.routed_total = sum(n for page, n in pages.items() if ".experts." in page)
-        self.dense = sum(pages.values()) - self.routed_total
+        by_rows = sum(page.nbytes for page in Model(model).pages.values() if page.row_nbytes)
+        self.dense = sum(pages.values()) - self.routed_total - by_rows
+        self.whole = sum(pages.values())
         self.layers = self.routed_total // (self.expert * moe.num_experts)
         self.routed_decode = self.layers * moe.experts_per_token * self.expert
         self.budget = limit - allowance
+        free = sum(d.memory_free_bytes or 0 for d in discover_cpus())
+        self.ballast = min(self.budget, free - LEFT_FREE) - self.dense
         self.cached = 0.0  # share of routed experts that fit, known when the plan is
+
+    def _start(self, limit: MemoryLimit, **settings: Any) -> Ours:
+        return Ours(
+            self.model, limit, threads=self.threads, memory={"cpu": self.budget}, max_model_len=CONTEXT, max_num_seqs=1,
+            **settings,
+        )  # fmt: skip
+
+    def cold_s(self) -> float:
+        """To the first token of a prompt, in a new process and on memory as it comes."""
+        with MemoryLimit(self.limit) as limit, self._start(limit) as ours:
+            return ours.run(ours.prompts(1, SHORT, seed=1), 1).first_token_s
 
     def ours(self, **settings: Any) -> Turn:
         """A process of ours under the limit: cold start, warm-up, decode, prefill."""
         before = disk_rates(self.model, 0.5)
-        with MemoryLimit(self.limit) as limit:
+        with MemoryLimit(self.limit) as limit, Ballast(self.ballast) as ballast:
             begin = time.monotonic()
-            with Ours(
-                self.model, limit, threads=self.threads, memory={"cpu": self.budget}, max_model_len=CONTEXT,
-                max_num_seqs=1, **settings,
-            ) as ours:  # fmt: skip
+            with self._start(limit, **settings) as ours:
                 self.cached = min(1.0, max(0, ours.ready["cache_bytes"] - self.dense) / self.routed_total)
+                ballast.drop()
                 cold = ours.run(ours.prompts(1, SHORT, seed=1), 1)
                 cold_s = time.monotonic() - begin
                 ours.run(ours.prompts(1, SHORT, seed=2), WARM)
@@ -99,7 +119,8 @@ class Case:
         if abs(best(before) / best(after) - 1) > MOST_DISK_CHANGE:
             note(f"the disk changed meanwhile: {rates_line(before)}; then {rates_line(after)}")
         return Turn(
-            cold_s, cold.first_token_s, cold.paging["prefill"]["bytes_read"], _step(decode, "decode"),
+            cold_s, cold.first_token_s, self.dense + self.expert * cold.paging["prefill"]["misses"],
+            _step(decode, "decode"),
             _step(prefill, "prefill"), peak, max(best(before), best(after)),
         )  # fmt: skip
 
@@ -128,15 +149,17 @@ def main() -> None:
     args = parser.parse_args()
     case = Case(args.model, parse_bytes(args.limit), parse_bytes(args.allowance), args.threads)
     peer = peer_from(args)
-    title = f"Paging, {case.spec.name}, {format_bytes(case.dense + case.routed_total)} in {format_bytes(case.limit)}"
+    title = f"Paging, {case.spec.name}, {format_bytes(case.whole)} in {format_bytes(case.limit)}"
     report = Report(title, args.out)
     turns: list[Turn] = []
     blind: list[Turn] = []
     theirs: list[tuple[float, float]] = []
+    as_it_comes: list[float] = []
     for i in range(args.rounds):
         rivals: list[tuple[str, Callable[[], None]]] = [
             ("ciuic", lambda: turns.append(case.ours())),
             ("ciuic without guessing", lambda: blind.append(case.ours(lookahead=0))),
+            ("ciuic, first token only", lambda: as_it_comes.append(case.cold_s())),
         ]
         if peer is not None:
             rivals.append(("llama.cpp", lambda: theirs.append(_peer(peer, case.limit))))  # type: ignore[arg-type]
@@ -149,7 +172,7 @@ def main() -> None:
                 note("  the machine was not ours meanwhile")
         note(f"  {_line(case, turns[-1], 'decode')}")
         note(f"  {_line(case, turns[-1], 'prefill')}")
-    _tell(report, case, turns, blind, theirs)
+    _tell(report, case, turns, blind, theirs, as_it_comes)
     report.save()
 
 
@@ -169,7 +192,10 @@ def _line(case: Case, t: Turn, phase: str) -> str:
     )
 
 
-def _tell(report: Report, case: Case, turns: list[Turn], blind: list[Turn], theirs: list[tuple[float, float]]) -> None:
+def _tell(
+    report: Report, case: Case, turns: list[Turn], blind: list[Turn], theirs: list[tuple[float, float]],
+    as_it_comes: list[float],
+) -> None:  # fmt: skip
     """Medians over the rounds."""
     median = statistics.median
     report.line(
@@ -190,12 +216,12 @@ def _tell(report: Report, case: Case, turns: list[Turn], blind: list[Turn], thei
             beside = against(ratio, GOALS[case.format], "x") if phase == "decode" else f"{ratio:.2f}x"
             text += f"; llama.cpp (mapped) {their:.2f} tok/s, against it {beside}"
         report.line(text)
-    cold = median(t.first_token_s / (t.cold_bytes / t.disk) for t in turns)
+    cold = median(t.first_token_s / (t.needed_bytes / t.disk) for t in turns)
     report.line(
         f"cold start: first token after {median(t.first_token_s for t in turns):.2f} s "
         f"({median(t.cold_s for t in turns):.2f} s with the interpreter's start), "
-        f"{median(t.cold_bytes for t in turns) / 1e9:.2f} GB read; times the disk's time: "
-        f"{against(cold, 1.2, 'x', at_most=True)}"
+        f"which needs {median(t.needed_bytes for t in turns) / 1e9:.2f} GB; times the disk's time: "
+        f"{against(cold, 1.2, 'x', at_most=True)}; on memory as it comes {median(as_it_comes):.2f} s"
     )
     without, with_it, bound = (
         median(t.decode["seconds"] for t in blind), median(t.decode["seconds"] for t in turns),

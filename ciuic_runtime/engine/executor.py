@@ -3,6 +3,7 @@ pass task by task, copying between devices where the schedule crosses them. Deci
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from ciuic_runtime.schedulers.graph import Phase, Task, TaskGraph
 from ciuic_runtime.schedulers.schedule import Schedule
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+ALL = 0.95  # of a layer's experts: a pass that is expected to use so many has all of them read ahead
 DENSE_AHEAD = 3  # pages that every pass needs are read so many ahead
 
 
@@ -91,7 +93,9 @@ class LocalExecutor:
         self.forwards: dict[str, Any] = {name: self._forward(spec, kernels, b) for name, b in backends.items()}
         self._pages: dict[tuple[str, str], Any] = {}
         self._read_lanes: list[float] = []  # when the last read on each lane ended
-        self._most_routed = max((t.num_experts / t.experts_per_token for t in graph if t.num_experts), default=1.0)
+        routed = [t.num_experts / t.experts_per_token for t in graph if t.num_experts]
+        self._most_routed = max(routed, default=1.0)  # tokens of a pass that uses most experts of a layer
+        self._nearly_all_routed = max((math.log(1 - ALL) / math.log1p(-1 / n) for n in routed if n > 1), default=1.0)
         self._program = self._compile(progress or (lambda done, total: None))
 
     def _forward(self, spec: ModelSpec, kernels: str, backend: Backend) -> Forward | NativeForward:
@@ -114,7 +118,7 @@ class LocalExecutor:
             self.memory.begin_step(scanning)
         complete = False
         try:
-            run = _Run(self, batch, scanning)
+            run = _Run(self, batch, batch.num_tokens >= self._nearly_all_routed)
             for instruction in self._program:
                 run.execute(instruction)
             logits = run.host_value("head")
@@ -247,9 +251,10 @@ class LocalExecutor:
 class _Run:
     """One pass: the values that tasks have handed on so far, by task and device."""
 
-    def __init__(self, executor: LocalExecutor, batch: Batch, scanning: bool) -> None:
+    def __init__(self, executor: LocalExecutor, batch: Batch, reads_all: bool) -> None:
+        """`reads_all`: of routed experts all are read ahead, none is guessed."""
         self.x = executor
-        self.batch, self.scanning = batch, scanning
+        self.batch, self.reads_all = batch, reads_all
         self.values: dict[tuple[str, str], Any] = {}
         self.passes: dict[str, Any] = {}
 
@@ -336,7 +341,7 @@ class _Run:
         if memory.state.whole:
             return
         memory.expect_certain(ahead.dense)
-        if self.scanning:
+        if self.reads_all:
             memory.expect(ahead.scan)
             return
         for guess in ahead.guesses:

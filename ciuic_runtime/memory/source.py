@@ -51,6 +51,9 @@ class PageSource(Protocol):
         """Begins to fill `into` (uint8, on the host); nobody may touch it until the read has finished. Those of smaller
         order come first."""
 
+    def will_read_rows(self, page: str) -> None:
+        """`rows` of it will be asked for: what has to be done before that is begun, and not waited for."""
+
     def rows(self, page: str, offsets: Sequence[int], nbytes: int, into: torch.Tensor) -> None:
         """Reads so many bytes at each of these offsets in a page, side by side into `into`, uint8; waits for them.
 
@@ -90,6 +93,8 @@ class PackedSource:
         self._store, self._reader = store, PageReader(threads, PIECE_NBYTES)
         self._page: dict[int, str] = {}  # ticket -> page
         self._verified: set[str] = set()
+        self._checker = ThreadPoolExecutor(1, "check")  # of pages that are read by rows
+        self._checks: dict[str, Future[None]] = {}
 
     @property
     def reader(self) -> PageReader:
@@ -107,10 +112,15 @@ class PackedSource:
         self._page[ticket] = page
         return ticket
 
+    def will_read_rows(self, page: str) -> None:
+        if page not in self._verified and page not in self._checks:
+            self._checks[page] = self._checker.submit(self._store.verify_stored, page)
+
     def rows(self, page: str, offsets: Sequence[int], nbytes: int, into: torch.Tensor) -> None:
         file, begin = self._store.file_of(page), self._store.offset(page)
         if page not in self._verified or not file.unchanged():
-            self._store.verify_stored(page)
+            begun = self._checks.pop(page, None) or self._checker.submit(self._store.verify_stored, page)
+            begun.result()
             self._verified.add(page)
         places = [begin + offset for offset in offsets]
         errno, missing = self._reader.read_rows(file.direct, file.plain, places, nbytes, into.data_ptr())
@@ -156,6 +166,7 @@ class PackedSource:
         self._page.clear()
 
     def close(self) -> None:
+        self._checker.shutdown(wait=True, cancel_futures=True)
         self._reader.stop()
 
 
@@ -183,6 +194,9 @@ class RepackingSource:
 
     def rows(self, page: str, offsets: Sequence[int], nbytes: int, into: torch.Tensor) -> None:
         raise AssertionError(f"{page} is packed as it is read: it cannot be had by rows")
+
+    def will_read_rows(self, page: str) -> None:
+        """Nothing of this source is read by rows."""
 
     def promote(self, ticket: int) -> None:
         """Pages come in the order in which they were asked for."""
