@@ -5,9 +5,11 @@
 MODEL is a packed folder (`make_model.py packed`) whose random weights choose experts evenly: the worst case. The bound
 of a step is max(compute, compulsory misses / best disk rate). Compulsory misses are the bytes of routed experts that a
 step uses x (1 - cache / all routed experts), the cache being what our budget leaves for routed experts; compute is our
-own step without its waits; the disk rate is the best of a reader that does nothing else, at page size, measured before
-and after each turn (`disk.py`). Processes are started anew for every turn, since two do not fit beside each other; our
-first generation fills the cache and does not count, nor does the peer's first repeat.
+own step without its waits; the disk rate is the best of a reader that does nothing else, at page size (`disk.py`). It
+reads between our generations while our process sleeps, since disks of virtual machines change from minute to minute: a
+generation has the better of the rates before and after it, and is void where they differ by more than 15 %. Processes
+are started anew for every turn, since two do not fit beside each other; our first generation fills the cache and does
+not count, nor does the peer's first repeat.
 
 The first token of a cold start is measured twice: on memory that the machine still holds (`ballast.py`), which is what
 the goal is about, and as it comes, where a virtual machine may have to get its memory back from the host.
@@ -24,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ballast import Ballast
+from ballast import have_memory_at_hand
 from cases import model_arguments
-from disk import best, disk_rates, rates_line
+from disk import best, disk_rates
 from limited import MemoryLimit
 from ours import Ours, Run
 from peer import Peer, peer_from
@@ -41,30 +43,43 @@ from ciuic_runtime.models.layout import page_layout
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.models.tensors import tensors_by_page
 
-WARM, NEW, SHORT, LONG = 160, 129, 16, 512  # tokens: generated to fill the cache, measured, prompts
+WARM, NEW, SHORT, LONG = 160, 33, 16, 512  # tokens: generated to fill the cache, measured each time, prompts
+DECODES, PREFILLS = 5, 3  # generations that are measured in a turn
 CONTEXT = 1024
 GOALS = {"int4": 5.0, "int8": 5.0, "bfloat16": 2.2}  # x llama.cpp
-LEFT_FREE = 3 << 30  # bytes of memory, by the ballast
+LEFT_FREE = 3 << 30  # bytes of memory that are not touched for a cold start
 MOST_OTHERS = 0.05  # of the processors' time
-MOST_DISK_CHANGE = 0.15  # between before and after a turn
+MOST_DISK_CHANGE = 0.15  # between before and after a generation
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Means of its steps of one phase, beside what the disk gave before or after it, whichever was more."""
+
+    seconds: float
+    waits: dict[str, float]  # cause -> seconds
+    nbytes: float  # read
+    hit_rate: float
+    disk: float  # bytes/s
+    bound: float  # seconds at the bound
+    void: bool  # the disk changed meanwhile
+
+    @property
+    def share(self) -> float:
+        """Of the bound's speed."""
+        return self.bound / self.seconds
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Ours, once: seconds per step, and what each step read and waited for."""
+    """Ours, once."""
 
-    cold_s: float  # from the process's start to its first token
-    first_token_s: float  # of that, from the prompt to the token
-    needed_bytes: float  # of pages, for that
-    decode: dict[str, float]  # seconds, wait, bytes, hit_rate
-    prefill: dict[str, float]
+    start_s: float  # from the process's start until prompts can be given
+    first_token_s: float  # from the prompt to the token
+    needed_s: float  # for the pages that it needs at the disk's rate
+    decode: list[Generation]
+    prefill: list[Generation]
     peak: int  # bytes of the cgroup
-    disk: float  # bytes/s, the best of before and after
-
-    def bound(self, phase: str, routed: float, cached: float) -> float:
-        """Seconds of a step at the bound; `routed` bytes are used, of which `cached` is a share."""
-        found = getattr(self, phase)
-        return max(found["seconds"] - found["wait"], routed * (1 - cached) / self.disk)
 
 
 class Case:
@@ -86,7 +101,7 @@ class Case:
         self.routed_decode = self.layers * moe.experts_per_token * self.expert
         self.budget = limit - allowance
         free = sum(d.memory_free_bytes or 0 for d in discover_cpus())
-        self.ballast = min(self.budget, free - LEFT_FREE) - self.dense
+        self.at_hand = min(self.budget, free - LEFT_FREE) - self.dense
         self.cached = 0.0  # share of routed experts that fit, known when the plan is
 
     def _start(self, limit: MemoryLimit, **settings: Any) -> Ours:
@@ -102,44 +117,42 @@ class Case:
 
     def ours(self, **settings: Any) -> Turn:
         """A process of ours under the limit: cold start, warm-up, decode, prefill."""
-        before = disk_rates(self.model, 0.5)
-        with MemoryLimit(self.limit) as limit, Ballast(self.ballast) as ballast:
+        with MemoryLimit(self.limit) as limit:
             begin = time.monotonic()
             with self._start(limit, **settings) as ours:
                 self.cached = min(1.0, max(0, ours.ready["cache_bytes"] - self.dense) / self.routed_total)
-                ballast.drop()
+                start_s = time.monotonic() - begin
+                have_memory_at_hand(self.at_hand)
                 cold = ours.run(ours.prompts(1, SHORT, seed=1), 1)
-                cold_s = time.monotonic() - begin
+                rate = self._disk_rate()
+                needed = self.dense + self.expert * cold.paging["prefill"]["misses"]
                 ours.run(ours.prompts(1, SHORT, seed=2), WARM)
-                decode = ours.run(ours.prompts(1, SHORT, seed=3), NEW)
-                ours.run(ours.prompts(1, LONG, seed=4), 1)
-                prefill = ours.run(ours.prompts(1, LONG, seed=5), 1)
-            peak = limit.peak
-        after = disk_rates(self.model, 0.5)
-        if abs(best(before) / best(after) - 1) > MOST_DISK_CHANGE:
-            note(f"the disk changed meanwhile: {rates_line(before)}; then {rates_line(after)}")
-        return Turn(
-            cold_s, cold.first_token_s, self.dense + self.expert * cold.paging["prefill"]["misses"],
-            _step(decode, "decode"),
-            _step(prefill, "prefill"), peak, max(best(before), best(after)),
-        )  # fmt: skip
+                decode = self._generations(ours, "decode", SHORT, NEW, DECODES)
+                ours.run(ours.prompts(1, LONG, seed=3), 1)
+                prefill = self._generations(ours, "prefill", LONG, 1, PREFILLS)
+            return Turn(start_s, cold.first_token_s, needed / rate, decode, prefill, limit.peak)
 
-    def share(self, turn: Turn, phase: str) -> float:
-        """Of the bound's speed."""
+    def _disk_rate(self) -> float:
+        return best(disk_rates(self.model, 0.3))
+
+    def _generations(self, ours: Ours, phase: str, prompt: int, new: int, count: int) -> list[Generation]:
+        found, before = [], self._disk_rate()
+        for i in range(count):
+            run = ours.run(ours.prompts(1, prompt, seed=10 + i), new)
+            after = self._disk_rate()
+            found.append(self._generation(run, phase, before, after))
+            before = after
+        return found
+
+    def _generation(self, run: Run, phase: str, before: float, after: float) -> Generation:
+        """What lies between steps included."""
+        steps, paging = [s for s in run.steps if s.phase == phase], run.paging[phase]
+        seconds, disk = (steps[-1].end - steps[0].start) / len(steps), max(before, after)
+        waits = {cause: s / len(steps) for cause, s in paging["stall_s"].items()}
         routed = self.routed_decode if phase == "decode" else self.routed_total
-        return turn.bound(phase, routed, self.cached) / getattr(turn, phase)["seconds"]
-
-
-def _step(run: Run, phase: str) -> dict[str, float]:
-    """Means of a phase's steps, what lies between steps included."""
-    steps, paging = [s for s in run.steps if s.phase == phase], run.paging[phase]
-    return {
-        "seconds": (steps[-1].end - steps[0].start) / len(steps),
-        "wait": sum(paging["stall_s"].values()) / len(steps),
-        **{f"{cause} wait": s / len(steps) for cause, s in paging["stall_s"].items()},
-        "bytes": paging["bytes_read"] / len(steps),
-        "hit_rate": paging["hit_rate"],
-    }
+        bound = max(seconds - sum(waits.values()), routed * (1 - self.cached) / disk)
+        void = abs(before / after - 1) > MOST_DISK_CHANGE
+        return Generation(seconds, waits, paging["bytes_read"] / len(steps), paging["hit_rate"], disk, bound, void)
 
 
 def main() -> None:
@@ -170,8 +183,9 @@ def main() -> None:
             note(f"round {i + 1}: {name}; stolen {stolen:.1%}, others {others:.1%}")
             if others > MOST_OTHERS or stolen > MOST_OTHERS:
                 note("  the machine was not ours meanwhile")
-        note(f"  {_line(case, turns[-1], 'decode')}")
-        note(f"  {_line(case, turns[-1], 'prefill')}")
+        for phase in ("decode", "prefill"):
+            for generation in getattr(turns[-1], phase):
+                note(f"  {phase}: {_line(generation)}")
     _tell(report, case, turns, blind, theirs, as_it_comes)
     report.save()
 
@@ -181,14 +195,18 @@ def _peer(peer: Peer, nbytes: int) -> tuple[float, float]:
         return peer.limited(limit, 16, LONG, 1)
 
 
-def _line(case: Case, t: Turn, phase: str) -> str:
-    found = getattr(t, phase)
+def _counted(turns: list[Turn], phase: str) -> list[Generation]:
+    """Those that are not void; all where none is left."""
+    every = [g for turn in turns for g in getattr(turn, phase)]
+    return [g for g in every if not g.void] or every
+
+
+def _line(g: Generation) -> str:
+    waits = ", ".join(f"{cause} {s * 1e3:.1f}" for cause, s in g.waits.items())
     return (
-        f"{phase}: {found['seconds'] * 1e3:.1f} ms a step, {case.share(t, phase):.1%} of the bound; waited "
-        f"{found['wait'] * 1e3:.1f} ms (disk {found['disk wait'] * 1e3:.1f}, checksums "
-        f"{found['verify wait'] * 1e3:.1f}, room {found['room wait'] * 1e3:.1f}); read "
-        f"{found['bytes'] / 1e6:.0f} MB, hit rate {found['hit_rate']:.1%}; "
-        f"disk {t.disk / 1e9:.2f} GB/s"
+        f"{g.seconds * 1e3:6.1f} ms a step, bound {g.bound * 1e3:6.1f}, {g.share:.1%} of it; waited "
+        f"{sum(g.waits.values()) * 1e3:.1f} ms ({waits}); read {g.nbytes / 1e6:.0f} MB, hit rate {g.hit_rate:.1%}; "
+        f"disk {g.disk / 1e9:.2f} GB/s{'  VOID: the disk changed' if g.void else ''}"
     )
 
 
@@ -204,29 +222,30 @@ def _tell(
         f"{case.dense / 1e9:.2f} GB other weights; {case.cached:.1%} of the experts fit"
     )
     for i, turn in enumerate(turns, 1):
-        report.line(f"round {i}, {_line(case, turn, 'decode')}")
-        report.line(f"round {i}, {_line(case, turn, 'prefill')}")
+        for phase in ("decode", "prefill"):
+            for g in getattr(turn, phase):
+                report.line(f"round {i}, {phase:7}: {_line(g)}")
     for phase, tokens in (("decode", 1), ("prefill", LONG)):
-        rate = median(tokens / getattr(t, phase)["seconds"] for t in turns)
-        share = median(case.share(t, phase) for t in turns)
-        text = f"{phase}: {rate:.2f} tok/s, of the bound {against(share, 0.9, '%')}"
+        counted = _counted(turns, phase)
+        rate = median(tokens / g.seconds for g in counted)
+        share = median(g.share for g in counted)
+        text = f"{phase}: {rate:.2f} tok/s, of the bound {against(share, 0.9, '%')}, {len(counted)} generations"
         if theirs:
             their = median(rates[phase == "prefill"] for rates in theirs)
             ratio = rate / their
             beside = against(ratio, GOALS[case.format], "x") if phase == "decode" else f"{ratio:.2f}x"
             text += f"; llama.cpp (mapped) {their:.2f} tok/s, against it {beside}"
         report.line(text)
-    cold = median(t.first_token_s / (t.needed_bytes / t.disk) for t in turns)
+    cold = median(t.first_token_s / t.needed_s for t in turns)
     report.line(
         f"cold start: first token after {median(t.first_token_s for t in turns):.2f} s "
-        f"({median(t.cold_s for t in turns):.2f} s with the interpreter's start), "
-        f"which needs {median(t.needed_bytes for t in turns) / 1e9:.2f} GB; times the disk's time: "
+        f"({median(t.start_s for t in turns):.2f} s after the process's start), "
+        f"whose pages take the disk {median(t.needed_s for t in turns):.2f} s; times the disk's time: "
         f"{against(cold, 1.2, 'x', at_most=True)}; on memory as it comes {median(as_it_comes):.2f} s"
     )
-    without, with_it, bound = (
-        median(t.decode["seconds"] for t in blind), median(t.decode["seconds"] for t in turns),
-        median(t.bound("decode", case.routed_decode, case.cached) for t in turns),
-    )  # fmt: skip
+    without = median(g.seconds for g in _counted(blind, "decode"))
+    with_it = median(g.seconds for g in _counted(turns, "decode"))
+    bound = median(g.bound for g in _counted(turns, "decode"))
     hidden = (without - with_it) / (without - bound)
     report.line(
         f"guessing ahead: {without * 1e3:.1f} ms a token without, {with_it * 1e3:.1f} with, {bound * 1e3:.1f} at the "

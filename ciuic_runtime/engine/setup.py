@@ -185,6 +185,8 @@ def _schedule_for(
     work: Workload, model: Model, topology: Topology, config: RuntimeConfig, given: Schedule | None, paged: bool
 ) -> Schedule:
     if given is None:
+        if not paged:
+            topology = topology.only(d.name for d in topology.devices if d.kind != "DISK")
         schedule = plan(
             model, topology, memory=config.memory, goal=config.goal or "latency", workload=work,
             placement=config.placement, disk=model.source if paged else None,

@@ -22,12 +22,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ciuic_runtime as ciuic
-from ciuic_runtime.devices.errors import CiuicError, InvalidInput
+from ciuic_runtime.devices.errors import CiuicError, InvalidInput, OutOfMemory
 from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.memory.source import Finished, PageSource
 from ciuic_runtime.models.random_checkpoint import write_random_checkpoint
 from ciuic_runtime.ops.native import kernels
 from ciuic_runtime.packing import pack
+from ciuic_runtime.planning import with_disk
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="the native kernels are not built here")
 
@@ -146,6 +147,59 @@ def test_a_model_that_does_not_fit_is_planned_and_run_from_disk(tiny_int4: Path,
             assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans)), f"events overlap on {lane}"
 
 
+def test_a_disk_among_the_devices_is_used_only_where_no_batch_fits_without(tiny_int4: Path, here: Topology) -> None:
+    disk = with_disk(here, tiny_int4)
+    with opened(tiny_int4, here) as llm:
+        every, reserved = sum(llm.memory.pages.values()), llm.memory.reserved
+    with ciuic.LLM(tiny_int4, devices=disk, max_model_len=128, memory={"cpu": reserved + every}) as llm:
+        assert llm.schedule.paging is None
+        assert llm.max_num_seqs == 2
+    for topology in (here, disk):
+        with pytest.raises(OutOfMemory):
+            opened(tiny_int4, topology, memory={"cpu": reserved + every // 2}, paged=False)
+
+
+def test_of_the_embedding_rows_are_read_until_everything_fits(
+    tiny_int4: Path, here: Topology, bits: tuple[torch.Tensor, Any]
+) -> None:
+    with opened(tiny_int4, here) as llm:
+        every, reserved = sum(llm.memory.pages.values()), llm.memory.reserved
+        row, table = llm.model.pages["embedding"].row_nbytes, llm.memory.pages["embedding"]
+    assert row == 2 * llm.model.spec.hidden_size
+    with opened(tiny_int4, here, memory={"cpu": reserved + every - table}) as llm:
+        home = {r.task: r.home for r in llm.schedule.assignments if ".experts." not in r.task}
+        assert home.pop("embedding") == "disk"
+        assert set(home.values()) == {"cpu"}, "all other pages that every pass needs stay in memory"
+        llm.memory.move_to_device([page for page in llm.memory.pages if page != "embedding"])
+        assert_same(seen(llm), bits)
+        assert llm.memory.where("embedding") == "disk"
+        llm.generate([[7, 7, 8]], ciuic.SamplingParams(max_tokens=5, ignore_eos=True))
+        assert llm.paging is not None
+        assert llm.paging.phases["prefill"].bytes_read == 2 * row, "each distinct token's row once"
+        assert llm.paging.phases["decode"].bytes_read == 4 * row
+        reads = {e.task for e in llm.trace.events if e.kind == "read"}
+        assert reads == {"embedding"}
+        assert llm.schedule.predicted is not None
+        llm.memory.set_budget("cpu", reserved + every)
+        assert_same(seen(llm), bits)
+        assert_same(seen(llm), bits)
+        assert llm.memory.where("embedding") == "cpu"
+
+
+def test_a_pass_of_few_tokens_reads_the_experts_that_it_needs_and_one_of_many_reads_all(
+    tiny_int4: Path, here: Topology
+) -> None:
+    with opened(tiny_int4, here) as llm:
+        squeeze(llm, 0.9)
+        every = sum(n for page, n in llm.memory.pages.items() if ".experts." in page)
+        dense = sum(llm.memory.pages.values()) - every - llm.memory.pages["embedding"]
+        for prompt, reads_all in (([5], False), (list(range(60)), True)):
+            llm.memory.evict(list(llm.memory.pages))
+            llm.logits(prompt)
+            assert llm.paging is not None
+            assert (llm.paging.phases["prefill"].bytes_read >= dense + every) == reads_all
+
+
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_the_budget_may_change_at_any_moment_of_a_generation(tiny_int4: Path, here: Topology, count: int) -> None:
     params = ciuic.SamplingParams(max_tokens=100, ignore_eos=True)
@@ -221,6 +275,22 @@ def test_a_flipped_bit_is_found_also_after_the_page_was_read_before(
     overwrite(path, offset + 100, bytes([before ^ 4]))
     with pytest.raises(InvalidInput, match="is damaged"):
         opened(copy, here)
+
+
+def test_a_flipped_bit_in_a_table_that_is_read_by_rows_is_found(
+    copy: Path, here: Topology, bits: tuple[torch.Tensor, Any]
+) -> None:
+    with opened(copy, here) as llm:
+        squeeze(llm, 0.0)
+        assert_same(seen(llm), bits)
+        path, offset, _ = place_of(llm, "embedding")
+        before = path.read_bytes()[offset + 300 * 128]
+        overwrite(path, offset + 300 * 128, bytes([before ^ 4]))
+        broken(llm, "embedding does not have the checksum")  # though this is not the row of any token in use
+        overwrite(path, offset + 300 * 128, bytes([before]))
+        assert_goes_on(llm, bits)
+        os.truncate(path, offset + 4096)
+        broken(llm, "has become shorter")
 
 
 def test_another_pages_bytes_are_not_taken_for_a_page(

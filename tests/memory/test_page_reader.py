@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ciuic_runtime.devices.backend import host_buffer
 from ciuic_runtime.ops.native import kernels
@@ -145,6 +147,32 @@ def test_what_the_system_refuses_and_what_the_file_lacks_is_reported(plain: int,
     for threads, piece in ((0, PAGE), (1, 0), (1, PAGE + 1)):
         with pytest.raises(ValueError, match="at least one thread"):
             PageReader(threads, piece)
+    reader.stop()
+
+
+@given(data=st.data(), nbytes=st.integers(1, 3 * PAGE))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_of_any_size_come_from_any_offset_side_by_side(plain: int, data: st.DataObject, nbytes: int) -> None:
+    offsets = data.draw(st.lists(st.integers(0, PAGE * PAGES - nbytes), max_size=40))
+    into = torch.empty(len(offsets) + 1, nbytes, dtype=torch.uint8).fill_(99)
+    reader = PageReader(data.draw(st.integers(1, 8)), PAGE)
+    assert reader.read_rows(-1, plain, offsets, nbytes, into.data_ptr()) == (0, 0)
+    for row, offset in zip(into, offsets, strict=False):
+        assert bytes(row.numpy()) == os.pread(plain, nbytes, offset)
+    assert (into[-1] == 99).all(), "nothing is written behind the last one"
+    reader.stop()
+
+
+def test_rows_that_the_system_refuses_or_the_file_lacks_are_reported(plain: int) -> None:
+    reader, into = PageReader(4, PAGE), torch.empty(64, 100, dtype=torch.uint8)
+    offsets = [100 * i for i in range(63)]
+    assert reader.read_rows(-1, 9999, [*offsets, 0], 100, into.data_ptr()) == (errno.EBADF, 0)
+    error, missing = reader.read_rows(-1, plain, [*offsets, PAGES * PAGE], 100, into.data_ptr())
+    assert error == 0
+    assert missing >= 100
+    with pytest.raises(ValueError, match="at least one byte"):
+        reader.read_rows(-1, plain, [0], 0, into.data_ptr())
+    assert reader.in_flight == 0
     reader.stop()
 
 

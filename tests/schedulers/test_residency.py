@@ -197,6 +197,16 @@ def test_pages_of_every_pass_go_after_routed_ones_and_expected_ones_last() -> No
     assert state.set_budget(0) == [Evict(3)]
 
 
+@pytest.mark.parametrize("scanning", [False, True])
+def test_what_can_be_had_by_rows_goes_first_and_no_pass_needs_room_for_it(scanning: bool) -> None:
+    state = Residency([PageFacts("embedding", 50, 0, by_rows=True), *experts(3), dense(1)], 90)
+    assert state.minimum == 10, "of what a pass needs whole"
+    used_once(state, [0, 1, 2, 3, 4])
+    state.begin_step(scanning)
+    assert state.set_budget(80) == [Evict(0)]
+    assert state.need([4])[0] == [4]
+
+
 def test_the_least_frequently_used_expert_goes_where_uses_of_long_ago_have_faded() -> None:
     state = Residency(experts(3), 20)
     for _ in range(3):
