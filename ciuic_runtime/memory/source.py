@@ -118,9 +118,11 @@ class PackedSource:
 
     def rows(self, page: str, offsets: Sequence[int], nbytes: int, into: torch.Tensor) -> None:
         file, begin = self._store.file_of(page), self._store.offset(page)
-        if page not in self._verified or not file.unchanged():
-            begun = self._checks.pop(page, None) or self._checker.submit(self._store.verify_stored, page)
+        if begun := self._checks.pop(page, None):
             begun.result()
+            self._verified.add(page)
+        if page not in self._verified or not file.unchanged():
+            self._store.verify_stored(page)
             self._verified.add(page)
         places = [begin + offset for offset in offsets]
         errno, missing = self._reader.read_rows(file.direct, file.plain, places, nbytes, into.data_ptr())
