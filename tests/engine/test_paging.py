@@ -7,12 +7,8 @@ import itertools
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -364,43 +360,3 @@ def test_a_read_error_ends_the_pass_and_the_next_one_goes_on(
         assert set(outcomes) <= {"same", "Input/output error"}
         wrong = False
         assert_goes_on(llm, bits)
-
-
-def runs(model: Path, here_toml: Path) -> subprocess.Popen[bytes]:
-    command = ["run", model, "--prompt", "Experts", "--max-tokens", "80", "--ignore-eos", "--devices", here_toml]
-    command += ["--memory", "cpu=3MiB"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "ciuic_runtime.cli", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-@pytest.fixture
-def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
-    started: list[subprocess.Popen[bytes]] = []
-    yield started
-    for p in started:
-        if p.poll() is None:
-            p.kill()
-        p.wait()
-
-
-@pytest.mark.slow
-def test_a_killed_run_damages_nothing(copy: Path, here_toml: Path, processes: list[subprocess.Popen[bytes]]) -> None:
-    before = {f.name: f.read_bytes() for f in copy.iterdir()}
-    draw = random.Random(3)
-    first = runs(copy, here_toml)
-    processes.append(first)
-    text, error = first.communicate(timeout=120)
-    assert first.returncode == 0, error
-    assert b"paged from disk" in error
-    assert b"paging: prefill read" in error
-    for i in range(8):
-        process = runs(copy, here_toml)
-        processes.append(process)
-        time.sleep(draw.uniform(0.5, 4))
-        process.send_signal(signal.SIGKILL if i % 2 else signal.SIGTERM)
-        process.wait(timeout=60)
-    assert {f.name: f.read_bytes() for f in copy.iterdir()} == before
-    last = runs(copy, here_toml)
-    processes.append(last)
-    assert last.communicate(timeout=120)[0] == text
