@@ -25,6 +25,11 @@ class PageFacts:
     popularity: float = 0.0  # expected uses per token
 
 
+def largest_needed(pages: Iterable[PageFacts]) -> int:
+    """Bytes of the largest page that a pass needs whole."""
+    return max((p.nbytes for p in pages if not p.by_rows), default=0)
+
+
 @dataclass(frozen=True, slots=True)
 class Read:
     """Fill a slot with the page; `arrived` or `failed` follows."""
@@ -95,12 +100,12 @@ class Residency:
         self.held = [0] * len(pages)
         self.pinned = [False] * len(pages)
         self.pinned_nbytes = 0
-        # Bytes below which no pass can be made: a page's.
-        self.minimum = max((p.nbytes for p in pages if not p.by_rows), default=0)
+        self.minimum = largest_needed(pages)  # bytes below which no pass can be made
         self._fresh = [False] * len(pages)  # read since its last use
         self._place = np.array([p.place for p in pages], dtype=np.int64)
         self._routed = np.array([p.routed for p in pages], dtype=bool)
         self._by_rows = np.array([p.by_rows for p in pages], dtype=bool)
+        self._first_to_go = self._routed | self._by_rows
         self._idle = np.zeros(len(pages), dtype=bool)  # resident and not held
         self._expected = np.zeros(len(pages), dtype=bool)
         self._group: dict[int, list[int]] = {}  # place -> expected pages
@@ -296,8 +301,7 @@ class Residency:
         if self._keys is None:
             self._keys = self._worth()
         free = self._idle & ~self._expected
-        first = self._routed | self._by_rows
-        for candidates in (free & first, free & ~first, self._idle if urgent else None):
+        for candidates in (free & self._first_to_go, free & ~self._first_to_go, self._idle if urgent else None):
             if candidates is not None and candidates.any():
                 return int(np.where(candidates, self._keys, np.inf).argmin())
         return None

@@ -203,9 +203,9 @@ class LocalExecutor:
             i.paged = PagedFunction(self.memory, i.task, layout, forward.function)
 
     def _bind_ahead(self, program: list[_Instruction]) -> None:
-        """What is read ahead, and from where: the next pages that every pass needs; in scans, at each router the next
-        layer's experts; else, at the start of a layer, those that the router `lookahead` layers further would choose
-        (at the start of the first, of all routers up to there)."""
+        """What is read ahead, and from where: the next pages that every pass needs; where a pass will use nearly all
+        experts, at each router the next layer's; else, at the start of a layer, those that the router `lookahead`
+        layers further would choose (at the start of the first, of all routers up to there)."""
         dense = [i.paged.page for i in program if i.paged and not i.task.pages[0].row_nbytes]
         experts = {i.task.layer: i.paged_experts for i in program if i.paged_experts and i.task.layer is not None}
         paged = {i.task.name: i.paged for i in program if i.paged}

@@ -147,5 +147,5 @@ class Ahead:
     """What is read ahead when a task begins."""
 
     dense: tuple[int, ...] = ()  # pages that the next tasks need
-    scan: tuple[int, ...] = ()  # in a scan: the next layer's experts
+    scan: tuple[int, ...] = ()  # where a pass will use nearly all: the next layer's experts
     guesses: tuple[Guess, ...] = ()  # else

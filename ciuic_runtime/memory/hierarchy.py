@@ -25,7 +25,17 @@ from ciuic_runtime.models.checkpoint import Checkpoint, open_checkpoint
 from ciuic_runtime.models.layout import KERNEL_FORMATS
 from ciuic_runtime.schedulers.graph import Page, Phase, TaskGraph
 from ciuic_runtime.schedulers.policies.cache import cache_policy
-from ciuic_runtime.schedulers.residency import Cancel, Command, Evict, PageFacts, Promote, Read, Residency, Where
+from ciuic_runtime.schedulers.residency import (
+    Cancel,
+    Command,
+    Evict,
+    PageFacts,
+    Promote,
+    Read,
+    Residency,
+    Where,
+    largest_needed,
+)
 
 log = logging.getLogger("ciuic")
 
@@ -479,9 +489,7 @@ class MemoryHierarchy:
     def _check_pins(self, numbers: set[int]) -> None:
         """That beside what is pinned every other page can still come, one at a time."""
         pinned = sum(self.state.pages[n].nbytes for n in numbers)
-        others = max(
-            (p.nbytes for n, p in enumerate(self.state.pages) if n not in numbers and not p.by_rows), default=0
-        )
+        others = largest_needed(p for n, p in enumerate(self.state.pages) if n not in numbers)
         if pinned + others > self.state.budget:
             raise OutOfMemory(
                 f"{len(numbers)} pinned pages take {format_bytes(pinned)} on {self.device}, which has "
@@ -507,7 +515,7 @@ class MemoryHierarchy:
             budget = parse_bytes(next(iter(memory.values()))) - self.reserved
         else:
             budget = sum(d.memory_free_bytes or d.memory_bytes for d in discover_cpus()) - self.reserved
-        largest = max((slot_size(p.nbytes) for p in facts if not p.by_rows), default=0)
+        largest = slot_size(largest_needed(facts))
         if budget < largest:
             raise _below_minimum(self.device, budget + self.reserved, largest + self.reserved, facts)
         return min(budget, total) if facts else budget
@@ -517,8 +525,7 @@ def _below_minimum(device: str, given: int, least: int, pages: Sequence[PageFact
     whole = sum(p.nbytes for p in pages)
     return OutOfMemory(
         f"{format_bytes(max(0, given))} on {device} are too little: the least is {format_bytes(least)} "
-        f"(one page at a time, the largest has {format_bytes(max(p.nbytes for p in pages if not p.by_rows))}), and all "
-        f"pages take "
+        f"(one page at a time, the largest has {format_bytes(largest_needed(pages))}), and all pages take "
         f"{format_bytes(whole)}; give more (--memory {device}=...), or take a smaller format",
         need=least, capacity=max(0, given),
     )  # fmt: skip

@@ -477,6 +477,11 @@ def test_a_run_that_is_killed_at_any_moment_leaves_the_folder_as_it_was(
     before = {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in sorted(model.iterdir())}
     options = ("--max-tokens", 400, "--ignore-eos", "--devices", here_toml, "--memory", "cpu=600KiB")
     draw = random.Random(int(number))
+    with running("run", model, "--prompt", "Once upon a time", *options) as process:
+        text, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert b"paged from disk" in err
+    assert b"paging: prefill read" in err
     for _ in range(10):
         with running("run", model, "--prompt", "Once upon a time", *options) as process:
             time.sleep(draw.uniform(0.3, 3.5))
@@ -485,3 +490,5 @@ def test_a_run_that_is_killed_at_any_moment_leaves_the_folder_as_it_was(
     assert {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in sorted(model.iterdir())} == before
     page = next(iter(PageStore(model).pages))
     PageStore(model).read_page(page, host_buffer(PageStore(model).pages[page]))
+    with running("run", model, "--prompt", "Once upon a time", *options) as process:
+        assert process.communicate(timeout=120)[0] == text
