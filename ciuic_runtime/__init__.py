@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from ciuic_runtime.model import Model
     from ciuic_runtime.ops.custom import Cost, CustomOperator, register_operator, unregister_operator
     from ciuic_runtime.planning import plan
-    from ciuic_runtime.schedulers.cost import Calibration, CostModel
+    from ciuic_runtime.schedulers.calibration import Calibration
+    from ciuic_runtime.schedulers.cost import CostModel
     from ciuic_runtime.schedulers.graph import Task, TaskGraph
     from ciuic_runtime.schedulers.placement import Placement
     from ciuic_runtime.schedulers.schedule import Schedule
@@ -55,7 +56,7 @@ _HOMES = {
     "register_operator": "ops.custom",
     "unregister_operator": "ops.custom",
     "plan": "planning",
-    "Calibration": "schedulers.cost",
+    "Calibration": "schedulers.calibration",
     "CostModel": "schedulers.cost",
     "Task": "schedulers.graph",
     "TaskGraph": "schedulers.graph",

@@ -7,11 +7,12 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from ciuic_runtime.curves import load_calibration
 from ciuic_runtime.devices.errors import OutOfMemory
 from ciuic_runtime.devices.manager import DeviceManager, measured_disk
 from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.model import Model
-from ciuic_runtime.schedulers.cost import Calibration
+from ciuic_runtime.schedulers.calibration import Calibration
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.scheduler import TaskScheduler
@@ -29,16 +30,20 @@ def plan(
     workload: Workload | None = None,
     placement: Placement | None = None,
     calibration: Calibration | None = None,
+    kernels: str = "auto",
     disk: str | Path | None = None,
 ) -> Schedule:
     """The schedule for `model` on `hw` (None: this machine), with what it is forecast to do. Where memory is too small,
-    pages may be read from `disk`, a folder (None: where the model is, if `hw` is this machine).
+    pages may be read from `disk`, a folder (None: where the model is, if `hw` is this machine). `calibration`: what the
+    operators reach (None: as
+    measured before with these `kernels`; `calibrate` measures it).
 
     Raises InvalidInput for what cannot be asked, OutOfMemory, with the figures, where nothing fits."""
     hw = hw or DeviceManager(path=None)
     topology = hw if isinstance(hw, Topology) else hw.topology
     if disk is None and isinstance(hw, DeviceManager) and hw.discovered and Path(model.source).exists():
         disk = Path(model.source)
+    calibration = calibration or load_calibration(model, topology, kernels)
 
     def schedule(on: Topology) -> Schedule:
         return _scheduler(on, memory, goal, workload, placement, calibration).schedule(model.graph)
@@ -62,7 +67,7 @@ def with_disk(topology: Topology, path: str | Path) -> Topology:
 
 def _scheduler(
     topology: Topology, memory: Mapping[str, str | int] | None, goal: str, workload: Workload | None,
-    placement: Placement | None, calibration: Calibration | None,
+    placement: Placement | None, calibration: Calibration,
 ) -> TaskScheduler:  # fmt: skip
     return TaskScheduler(
         topology=topology,
@@ -70,5 +75,5 @@ def _scheduler(
         workload=workload or Workload(),
         memory=memory or {},
         placement=placement or Placement(),
-        calibration=calibration or Calibration(),
+        calibration=calibration,
     )

@@ -28,7 +28,7 @@ def run_report(llm: LLM, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         "kernels": llm.kernels,
         "schedule": llm.schedule.to_dict(),
         "paging": llm.paging.to_dict() if llm.paging else None,
-        "actual_against_forecast": trace.against(llm.schedule).to_dict(),
+        "actual_against_forecast": llm.comparison.to_dict(),
         "notes": list(trace.notes),
     }
 

@@ -52,7 +52,7 @@ def run_summary(llm: LLM, report: dict[str, Any]) -> str:
         "",
         f"loaded in {report['load_s']:.2f} s; {new} new tokens ({report['finish_reason']}), {came}; "
         f"{llm.threads} threads; peak memory {peak}",
-        str(llm.trace.against(llm.schedule)),
+        str(llm.comparison),
         *([str(llm.paging)] if llm.paging else []),
         *report["notes"],
     ]

@@ -1,8 +1,9 @@
 """What should run where, and when. Loads neither torch nor ray."""
 
 from ciuic_runtime.schedulers.assignment import Assignment, Candidate, Prediction
+from ciuic_runtime.schedulers.calibration import Calibration
 from ciuic_runtime.schedulers.comparison import Comparison
-from ciuic_runtime.schedulers.cost import Calibration, Cost, CostModel
+from ciuic_runtime.schedulers.cost import Cost, CostModel
 from ciuic_runtime.schedulers.draft import ScheduleDraft
 from ciuic_runtime.schedulers.graph import Layer, Page, Step, Task, TaskGraph, Work
 from ciuic_runtime.schedulers.placement import Placement

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 from ciuic_runtime.devices.errors import InvalidInput
 
 Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 TaskKind = Literal["embedding", "norm", "attention", "mlp", "router", "experts", "shared_experts", "head", "other"]
 
 
@@ -33,6 +34,8 @@ class Step:
     pairs: float  # (new token, attended position) pairs
     positions: float  # cached positions read, all sequences together
     sampled: int  # sequences whose next token is wanted: all in decode, in prefill those whose prompt ends here
+    touched: float | None = None  # distinct routed experts per layer, where it is known; None: as many as are expected
+    read_bytes: float | None = None  # of pages read from disk during the pass; None: as many as are expected
 
     @staticmethod
     def prefill(prompt_tokens: int, batch: int = 1, start: int = 0) -> Step:
@@ -104,6 +107,12 @@ class Task:
 
     def work(self, phase: Phase) -> Work:
         return self.prefill if phase == "prefill" else self.decode
+
+    def distinct_experts(self, *steps: Step) -> float:
+        """Routed experts that a pass of these steps touches: as many as came, else as are expected."""
+        if steps[0].touched is not None:
+            return min(steps[0].touched, self.num_experts)
+        return self.expected_experts(sum(step.tokens for step in steps))
 
     def expected_experts(self, tokens: int, experts: Sequence[int] | None = None) -> float:
         """Distinct routed experts (of `experts`, else of all) that `tokens` tokens touch, each choosing for itself."""

@@ -11,7 +11,8 @@ from ciuic_runtime.devices.errors import CiuicError, InvalidInput, OutOfMemory
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.devices.units import format_bytes
 from ciuic_runtime.schedulers.assignment import Candidate, Prediction
-from ciuic_runtime.schedulers.cost import Calibration, CostModel
+from ciuic_runtime.schedulers.calibration import Calibration
+from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.draft import Fixed, schedule_of
 from ciuic_runtime.schedulers.graph import Layer, Task, TaskGraph
 from ciuic_runtime.schedulers.memory import capacity, limit_memory

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ciuic_runtime.devices.files import write_whole
 from ciuic_runtime.schedulers.comparison import Comparison, compare
-from ciuic_runtime.schedulers.graph import Phase, task_kind
+from ciuic_runtime.schedulers.graph import Phase, Step, task_kind
 
 if TYPE_CHECKING:
     from ciuic_runtime.schedulers.schedule import Schedule
@@ -46,6 +46,7 @@ class StepInfo:
     sequences: int
     start: float
     end: float
+    step: Step | None = None  # its size to the cost model, with the experts and reads that came; None: not known
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,16 @@ class Trace:
                 total[task_kind(event.task) if event.kind == "compute" else event.kind] += event.seconds
         return dict(total)
 
-    def against(self, schedule: Schedule) -> Comparison:
-        """This trace beside what the schedule forecast: rates, and time per token by kind of task."""
-        return compare(self, schedule)
+    def against(self, schedule: Schedule, recosted: Trace | None = None) -> Comparison:
+        """This trace beside what the schedule forecast: rates, and time per token by kind of task. `recosted`: what the
+        cost model makes of the passes as they really came (`simulate` with `passes()`)."""
+        return compare(self, schedule, recosted)
+
+    def passes(self, phase: Phase, most: int = 64) -> list[Step]:
+        """The passes of a phase as they came, where that is known; of many, so many evenly spaced ones."""
+        known = [info.step for info in self.steps if info.phase == phase and info.step is not None]
+        count = min(len(known), most)
+        return [known[(2 * i + 1) * len(known) // (2 * count)] for i in range(count)]
 
     def to_chrome(self) -> dict[str, Any]:
         """Chrome trace JSON ("Trace Event Format"): one thread per lane, complete events, times in microseconds."""

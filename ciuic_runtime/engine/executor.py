@@ -27,7 +27,7 @@ from ciuic_runtime.models.native_forward import NativeForward
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.ops.custom import Replacements
 from ciuic_runtime.ops.native import REFERENCE, operators
-from ciuic_runtime.schedulers.graph import Phase, Task, TaskGraph
+from ciuic_runtime.schedulers.graph import Phase, Step, Task, TaskGraph
 from ciuic_runtime.schedulers.schedule import Schedule
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -80,6 +80,7 @@ class LocalExecutor:
         self.spec = spec
         self.memory, self.lookahead = memory, lookahead
         self.on_routing: Callable[[int, torch.Tensor], None] | None = None  # layer, expert ids [tokens, k]
+        self.touched: list[int] = []  # distinct experts that each layer used in the pass
         self.graph, self.schedule, self.backends, self.recorder = graph, schedule, backends, recorder
         self.native, self.threads = kernels != REFERENCE, threads
         self.replaced = replaced or Replacements()
@@ -113,6 +114,7 @@ class LocalExecutor:
 
         What `sampler` does with them belongs to the step, and is recorded on the lane "host"."""
         begin = time.perf_counter()
+        self.touched.clear()
         scanning = batch.num_tokens >= self._most_routed
         if self.memory is not None:
             self.memory.begin_step(scanning)
@@ -130,8 +132,19 @@ class LocalExecutor:
                 self.memory.end_step(phase, batch.num_tokens, complete)
             if not complete:
                 self.recorder.abandon_step()
-        self.recorder.end_step(phase, batch.num_tokens, len(batch.sequences), begin)
+        self.recorder.end_step(self._as_step(batch, phase), begin)
         return logits
+
+    def _as_step(self, batch: Batch, phase: Phase) -> Step:
+        """The pass as the cost model sees it, with the experts that it used and what it had to read."""
+        touched = sum(self.touched) / len(self.touched) if self.touched else None
+        read = float(self.memory.bytes_read_in_step) if self.memory is not None else None
+        sequences = batch.sequences
+        return Step(
+            phase, batch.num_tokens, len(sequences),
+            sum(s.length * s.position + s.length * (s.length + 1) / 2 for s in sequences),
+            float(sum(s.context for s in sequences)), len(batch.sampled_rows), touched, read,
+        )  # fmt: skip
 
     def read(self, page: str, nbytes: int, start: float, end: float) -> None:
         """Records a page's way from disk, on the first lane that is not busy meanwhile."""
@@ -271,13 +284,19 @@ class _Run:
             function = i.function if i.paged is None else self._waited(i, i.paged.bound)
             value = self._launch(i, i.device, function, self._pass(i.device), *inputs)
         values[i.task.name, i.device] = value
-        if i.routes is not None:
-            i.routes.ask(value[0])
-        if i.task.kind == "router" and self.x.on_routing is not None:
-            assert i.task.layer is not None
-            self.x.on_routing(i.task.layer, value[0])
+        if i.task.kind == "router":
+            self._routed(i, value[0])
         for key in i.last_use:
             values.pop(key, None)
+
+    def _routed(self, i: _Instruction, ids: torch.Tensor) -> None:
+        """A router has chosen: ids [tokens, k]."""
+        if i.routes is not None:
+            i.routes.ask(ids)
+        self.x.touched.append(ids.shape[1] if len(ids) == 1 else len(ids.unique()))
+        if self.x.on_routing is not None:
+            assert i.task.layer is not None
+            self.x.on_routing(i.task.layer, ids)
 
     def _experts(self, i: _Instruction) -> torch.Tensor:
         """Each device computes the rows of its experts; they are combined where the router runs."""

@@ -34,6 +34,8 @@ from ciuic_runtime.models.batch import Chunk, make_batch
 from ciuic_runtime.models.checkpoint import Checkpoint, open_checkpoint
 from ciuic_runtime.models.tokenizer import Tokenizer, load_tokenizer
 from ciuic_runtime.ops.native import REFERENCE
+from ciuic_runtime.schedulers.comparison import Comparison
+from ciuic_runtime.schedulers.graph import PHASES, Phase
 from ciuic_runtime.schedulers.memory import memory_need
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.schedule import Schedule
@@ -214,6 +216,12 @@ class LLM:
             parts.append(self._executor.step(make_batch([piece]), "prefill").clone())
         return torch.cat(parts)
 
+    def run_pass(self, chunks: Sequence[Chunk], phase: Phase) -> None:
+        """One pass as given, for measuring; the trace is of it alone afterwards."""
+        self._check_idle()
+        self._clear_records()
+        self._executor.step(make_batch(chunks), phase)
+
     @property
     def tokenizer(self) -> Tokenizer:
         """Loaded at first use; a checkpoint without one can still be driven by token ids."""
@@ -227,6 +235,13 @@ class LLM:
         notes = [f"{d.name} is simulated" for d in self.topology.devices if d.simulated and d.name in self._backends]
         notes += [f"operator {r.name!r} replaces {r.replaces}" for r in self._setup.replaced.by_replaced.values()]
         return self._recorder.trace(self.schedule.devices_used(), notes)
+
+    @property
+    def comparison(self) -> Comparison:
+        """The trace beside the forecast, and beside the same cost model given the passes as they came."""
+        trace, known = self.trace, self.schedule.predicted is not None
+        passes = [step for phase in PHASES for step in trace.passes(phase)]
+        return trace.against(self.schedule, self._setup.recost(self.schedule, passes) if known and passes else None)
 
     def peak_memory_bytes(self) -> dict[str, int]:
         """By device: for CPUs the process's peak resident memory (the system's figure), else what was allocated."""

@@ -9,7 +9,7 @@ from typing import cast
 
 import numpy as np
 
-from ciuic_runtime.schedulers.graph import Phase
+from ciuic_runtime.schedulers.graph import Step
 from ciuic_runtime.schedulers.trace import Event, EventKind, StepInfo, Trace
 
 _KINDS: tuple[EventKind, ...] = ("compute", "copy", "sample", "wait", "read")
@@ -26,7 +26,7 @@ class Recorder:
         self._rows = np.zeros(capacity, _COLUMNS)
         self._used = self._ended = 0  # rows in use, and those of them that belong to finished steps
         self._names: dict[str, int] = {}
-        self._steps: list[tuple[Phase, int, int, float, float]] = []
+        self._steps: list[tuple[Step, float, float]] = []
         self.begin = time.perf_counter()
 
     def number(self, name: str) -> int:
@@ -40,8 +40,8 @@ class Recorder:
         self._rows[self._used] = (task, lane, len(self._steps), kind, nbytes, start, end)
         self._used += 1
 
-    def end_step(self, phase: Phase, tokens: int, sequences: int, start: float) -> None:
-        self._steps.append((phase, tokens, sequences, start, time.perf_counter()))
+    def end_step(self, step: Step, start: float) -> None:
+        self._steps.append((step, start, time.perf_counter()))
         self._ended = self._used
 
     def abandon_step(self) -> None:
@@ -64,11 +64,11 @@ class Recorder:
                 float(r["start"]) - begin,
                 float(r["end"]) - begin,
                 int(r["step"]),
-                steps[r["step"]][0],
+                steps[r["step"]][0].phase,
                 cast(EventKind, _KINDS[r["kind"]]),
                 int(r["nbytes"]),
             )
             for r in self._rows[: self._ended]
         )
-        infos = tuple(StepInfo(p, t, s, a - begin, b - begin) for p, t, s, a, b in steps)
+        infos = tuple(StepInfo(s.phase, s.tokens, s.sequences, a - begin, b - begin, s) for s, a, b in steps)
         return Trace(events, infos, "measured", tuple(devices), tuple(notes))

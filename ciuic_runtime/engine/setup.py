@@ -4,8 +4,10 @@ Everything that can be refused is refused here, before a weight is read."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from ciuic_runtime.curves import load_calibration
 from ciuic_runtime.devices.cpu import discover_cpus
 from ciuic_runtime.devices.errors import InvalidInput, OutOfMemory
 from ciuic_runtime.devices.manager import DeviceManager
@@ -20,11 +22,14 @@ from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.ops.custom import Replacements
 from ciuic_runtime.ops.native import REFERENCE, instruction_set
 from ciuic_runtime.planning import plan, with_disk
+from ciuic_runtime.schedulers.calibration import Calibration
 from ciuic_runtime.schedulers.cost import CostModel
-from ciuic_runtime.schedulers.graph import TaskGraph
+from ciuic_runtime.schedulers.graph import Step, TaskGraph
 from ciuic_runtime.schedulers.memory import capacity, limit_memory, memory_need
 from ciuic_runtime.schedulers.predict import predict
 from ciuic_runtime.schedulers.schedule import Schedule
+from ciuic_runtime.schedulers.simulate import simulate
+from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Workload
 
 log = logging.getLogger("ciuic")
@@ -44,15 +49,22 @@ class Setup:
     threads: int
     kernels: str  # instruction set, or "reference"
     replaced: Replacements = field(default_factory=Replacements)  # the user's operators, as registered now
+    calibration: Calibration = field(default_factory=Calibration)
 
     def forecast(self, work: Workload) -> Schedule:
         """The schedule with its forecast made anew for a workload; without one where a device's speed is not known."""
-        cost = CostModel(self.schedule.topology, self.model.format, workload=work)
         schedule = replace(self.schedule, workload=work)
         try:
-            return replace(schedule, predicted=predict(schedule, self.model.graph, cost))
+            return replace(schedule, predicted=predict(schedule, self.model.graph, self._cost(work)))
         except InvalidInput as error:
             return replace(schedule, predicted=None, notes=(*schedule.notes, f"no forecast: {error}"))
+
+    def recost(self, schedule: Schedule, passes: Iterable[Step]) -> Trace:
+        """What the cost model makes of passes as they came."""
+        return simulate(schedule, self.model.graph, self._cost(schedule.workload), passes)
+
+    def _cost(self, work: Workload) -> CostModel:
+        return CostModel(self.schedule.topology, self.model.format, self.calibration, work)
 
 
 def set_up(
@@ -75,6 +87,7 @@ def set_up(
             topology = with_disk(topology, checkpoint.path)
         schedule = replace(schedule, policy="as given", candidates=(), notes=())
         topology = limit_memory(topology, config.memory)
+    calibration = load_calibration(model, topology, config.kernels)
     context, batch, schedule = _fit(model, topology, config, schedule)
     cores = sum(topology.device(n).cores for n in schedule.devices_used() if topology.device(n).kind == "CPU")
     threads = config.threads or max(1, cores or sum(d.cores for d in discover_cpus()))
@@ -83,7 +96,7 @@ def set_up(
     if kernels == REFERENCE and model.format in PACKED_FORMATS:
         _check_unpacked(model)
     _warn_of_unused(replaced, spec)
-    setup = Setup(model, topology, schedule, context, batch, threads, kernels, replaced)
+    setup = Setup(model, topology, schedule, context, batch, threads, kernels, replaced, calibration)
     expected = replace(config.workload or schedule.workload, batch=batch)
     stale = schedule.policy == "as given" or schedule.workload != expected
     return replace(setup, schedule=setup.forecast(expected)) if stale else setup
@@ -189,7 +202,7 @@ def _schedule_for(
             topology = topology.only(d.name for d in topology.devices if d.kind != "DISK")
         schedule = plan(
             model, topology, memory=config.memory, goal=config.goal or "latency", workload=work,
-            placement=config.placement, disk=model.source if paged else None,
+            placement=config.placement, kernels=config.kernels, disk=model.source if paged else None,
         )  # fmt: skip
     else:
         schedule = replace(given, workload=work, topology=topology.only(given.places_used()))

@@ -114,6 +114,7 @@ class MemoryHierarchy:
         self._asked_by: dict[int, Request] = {}  # page that is waited for -> who asked for it
         self._stalls = Stalls()
         self._bytes_read = self.evictions = 0
+        self._read_before = 0  # bytes, when the pass began
         self._open: Iterator[list[int]] | None = None  # holds what `slot` had to wait for
         self._said_slower = self._closed = False
         self.report = PagingReport()
@@ -253,11 +254,17 @@ class MemoryHierarchy:
     def begin_step(self, scanning: bool = False) -> None:
         self._lock.acquire()
         try:
+            self._read_before = self._bytes_read
             self._poll()
             self.state.begin_step(scanning)
         except BaseException:
             self._lock.release()
             raise
+
+    @property
+    def bytes_read_in_step(self) -> int:
+        """That came from disk since the last pass began."""
+        return self._bytes_read - self._read_before
 
     def end_step(self, phase: Phase, tokens: int, complete: bool = True) -> None:
         """Whatever happened, nobody holds anything after this."""

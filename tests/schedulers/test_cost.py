@@ -9,7 +9,8 @@ import pytest
 from machines import device, machine, toy_task
 
 from ciuic_runtime.devices.spec import Link
-from ciuic_runtime.schedulers.cost import Calibration, CostModel
+from ciuic_runtime.schedulers.calibration import Calibration
+from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import Page, Step, Task, Work
 
 CPU = device("cpu", bandwidth=100.0, rate=1000.0, launch_overhead=0.5)

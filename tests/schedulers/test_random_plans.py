@@ -11,7 +11,8 @@ from machines import random_machine, random_model
 
 from ciuic_runtime.devices.errors import OutOfMemory
 from ciuic_runtime.schedulers import scheduler as scheduler_module
-from ciuic_runtime.schedulers.cost import Calibration, CostModel
+from ciuic_runtime.schedulers.calibration import Calibration
+from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.draft import ScheduleDraft
 from ciuic_runtime.schedulers.graph import TaskGraph
 from ciuic_runtime.schedulers.memory import capacity, memory_need

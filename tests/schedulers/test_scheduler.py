@@ -12,7 +12,8 @@ from machines import CPU_AND_GPU, DENSE, DISK, KIB, device, machine, model
 from ciuic_runtime.devices.errors import InvalidInput, OutOfMemory
 from ciuic_runtime.devices.spec import Link, Topology
 from ciuic_runtime.schedulers import scheduler as scheduler_module
-from ciuic_runtime.schedulers.cost import Calibration, CostModel
+from ciuic_runtime.schedulers.calibration import Calibration
+from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.draft import ScheduleDraft
 from ciuic_runtime.schedulers.graph import TaskGraph
 from ciuic_runtime.schedulers.memory import memory_need

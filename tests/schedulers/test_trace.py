@@ -14,7 +14,7 @@ from machines import CPU_AND_GPU, device, machine, model
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.devices.spec import Link
 from ciuic_runtime.schedulers.cost import CostModel
-from ciuic_runtime.schedulers.graph import task_kind
+from ciuic_runtime.schedulers.graph import Step, task_kind
 from ciuic_runtime.schedulers.scheduler import TaskScheduler
 from ciuic_runtime.schedulers.simulate import simulate
 from ciuic_runtime.schedulers.trace import Event, StepInfo, Trace
@@ -66,13 +66,34 @@ def test_against() -> None:
     assert kinds["experts"].error is None
     assert kinds["copy"].forecast is None
     data = json.loads(json.dumps(found.to_dict()))
-    assert data["decode_tokens_per_s"] == {"forecast": 1.0, "actual": 2.0, "error": 1.0}
+    assert data["decode_tokens_per_s"] == {
+        "forecast": 1.0, "actual": 2.0, "recosted": None, "error": 1.0, "workload_error": None, "model_error": None,
+    }  # fmt: skip
     assert data["seconds_per_token"]["decode"]["sample"]["actual"] == 0.25
     lines = str(found).splitlines()
-    assert lines[0].split() == ["forecast", "actual", "actual/forecast"]
-    assert lines[1].split() == ["prefill", "tokens/s", "8", "4", "0.50"]
-    assert lines[2].split() == ["decode", "tokens/s", "1", "2", "2.00"]
+    assert lines[0].split() == ["forecast", "recosted", "actual", "actual/forecast"]
+    assert lines[1].split() == ["prefill", "tokens/s", "8", "-", "4", "0.50"]
+    assert lines[2].split() == ["decode", "tokens/s", "1", "-", "2", "2.00"]
     assert any(line.split()[:2] == ["prefill", "copy"] and line.split()[-1] == "-" for line in lines)
+
+
+def test_the_error_falls_into_that_of_the_workload_and_that_of_the_model() -> None:
+    schedule = TaskScheduler(CPU_AND_GPU, workload=Workload(20, 10)).schedule(MODEL)
+    recosted = Trace((), (StepInfo("prefill", 12, 1, 0.0, 2.0), StepInfo("decode", 1, 1, 2.0, 2.25)), "simulated")
+    found = TRACE.against(schedule, recosted).decode_tokens_per_s
+    assert (found.recosted, found.actual) == (4.0, 2.0)
+    assert found.model_error == -0.5
+    assert found.error is not None
+    assert found.workload_error is not None
+    assert (1 + found.error) == pytest.approx((1 + found.workload_error) * (1 + found.model_error))
+
+
+def test_of_many_passes_some_are_recosted() -> None:
+    steps = tuple(StepInfo("decode", 1, 1, i, i + 1, Step.decode(i)) for i in range(1000))
+    trace = Trace((), (*steps, StepInfo("prefill", 2, 1, 0, 1)), "measured")
+    assert trace.passes("prefill") == []
+    contexts = [step.pairs for step in trace.passes("decode", most=10)]
+    assert contexts == [50, 150, 250, 350, 450, 550, 650, 750, 850, 950]
 
 
 def test_against_a_schedule_without_a_forecast() -> None:

@@ -1,0 +1,295 @@
+"""Runs a model's operators on this machine, at the sizes of decoding and of prompts, and writes what share of the
+machine's limits they reach. Times whole tasks as the executor runs them; which plan that makes, it does not know."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ciuic_runtime.curves import can_be_calibrated, is_calibrated, kernels_of, load_calibration, store_curves
+from ciuic_runtime.devices.bandwidth import memory_rates
+from ciuic_runtime.devices.limits import spread
+from ciuic_runtime.devices.spec import DeviceSpec, Topology
+from ciuic_runtime.engine.llm import LLM
+from ciuic_runtime.engine.sampling import SamplingParams
+from ciuic_runtime.memory.kv_cache import blocks_for
+from ciuic_runtime.model import Model
+from ciuic_runtime.models.batch import Chunk
+from ciuic_runtime.models.graph import build_graph
+from ciuic_runtime.models.spec import ModelSpec
+from ciuic_runtime.models.synthetic import SyntheticCheckpoint
+from ciuic_runtime.schedulers.calibration import PASS, SAMPLE, Calibration, Curve, Point, operator_of, size_of
+from ciuic_runtime.schedulers.cost import CostModel, parts
+from ciuic_runtime.schedulers.graph import Phase, Step, Task, TaskGraph
+
+log = logging.getLogger("ciuic")
+Progress = Callable[[str], None]
+
+BATCHES = (1, 2, 3, 4, 6, 8, 16, 32, 64)  # sequences that decode at once
+PROMPTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens of a prompt's chunk
+CONTEXTS = (256, 1024, 4096)  # positions attended, for what grows with them
+SHORT = 16  # positions attended where that is not to count
+CHUNK = 512  # tokens of the prompt chunks that attend long contexts
+ROUNDS, LEAST_ROUNDS, SECONDS = 5, 3, 20.0  # as many as fit into the time
+MODEL_BYTES = 3 << 29  # of the model that is measured: the whole one, or a few of its layers
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass that is timed: sequences as (new tokens, position of the first)."""
+
+    phase: Phase
+    sequences: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def decode(batch: int, context: int) -> Pass:
+        return Pass("decode", ((1, context - 1),) * batch)
+
+    @staticmethod
+    def prompt(tokens: int, start: int = 0) -> Pass:
+        return Pass("prefill", ((tokens, start),))
+
+    @property
+    def tokens(self) -> int:
+        return sum(tokens for tokens, _ in self.sequences)
+
+    @property
+    def step(self) -> Step:
+        pairs = sum(n * at + n * (n + 1) / 2 for n, at in self.sequences)
+        return Step(
+            self.phase, self.tokens, len(self.sequences), pairs, float(sum(n + at for n, at in self.sequences)),
+            len(self.sequences),
+        )  # fmt: skip
+
+
+@dataclass
+class _Timed:
+    """What the repetitions of one pass took: seconds per task of each operator, and what lay between the tasks."""
+
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # kind of task -> s per task
+    between: list[float] = field(default_factory=list)  # s per task
+    touched: list[float] = field(default_factory=list)  # distinct experts per layer
+
+    def median(self, kind: str) -> float:
+        return statistics.median(self.seconds[kind])
+
+
+def measure_curves(
+    model: Model, device: DeviceSpec, kernels: str = "auto", progress: Progress | None = None, seed: int = 0
+) -> tuple[Curve, ...]:
+    """The curves of a model's operators in its format on a CPU, with `device.threads` threads. About half a minute.
+
+    Weights are random, and of a large model only some layers are made. Raises OutOfMemory where not even these fit."""
+    say = progress or (lambda what: None)
+    spec = measured_part(model.spec, model.format)
+    contexts = [c for c in CONTEXTS if c <= spec.max_positions]
+    longest = max([*contexts, min(max(PROMPTS), spec.max_positions)])
+    say(f"measuring operators of {model.spec.name} in {model.format} with {device.threads} threads on {device.name}")
+    with LLM(
+        SyntheticCheckpoint(spec, seed), dtype=model.format, devices=Topology((device,)), threads=device.threads,
+        kernels=kernels, max_model_len=longest, max_num_seqs=4, prefill_chunk=max(PROMPTS), paged=False,
+    ) as llm:  # fmt: skip
+        before = memory_rates(device, 1.0).memory_bandwidth
+        timed = _timed_passes(llm, _passes(spec, contexts, longest), seed, say)
+        sampled = _timed_samples(llm)
+        after = memory_rates(device, 1.0).memory_bandwidth
+    drift = [rate / device.memory_bandwidth for rate in (before, after) if rate and device.memory_bandwidth]
+    limits = replace(device, memory_bandwidth=(device.memory_bandwidth or 0.0) * statistics.mean(drift or [1.0]))
+    return tuple(_Fit(llm.model.graph, limits, timed, sampled).curves())
+
+
+def measured_part(spec: ModelSpec, format: str) -> ModelSpec:
+    """The model itself, or as many of its layers (a dense one first, if it has such) and experts as are worth the time
+    to make them."""
+    layers = spec.num_layers
+    while layers > 2 and build_graph(spec, format).nbytes > MODEL_BYTES:
+        layers -= 1
+        dense = spec.moe.first_dense if spec.moe else 0
+        moe = replace(spec.moe, first_dense=min(1, dense)) if spec.moe else None
+        spec = replace(spec, num_layers=layers, moe=moe)
+    while (
+        spec.moe
+        and spec.moe.num_experts > 4 * spec.moe.experts_per_token
+        and build_graph(spec, format).nbytes > MODEL_BYTES
+    ):
+        spec = replace(
+            spec, moe=replace(spec.moe, num_experts=spec.moe.num_experts // 2, num_groups=1, groups_per_token=1)
+        )
+    return spec
+
+
+def _passes(spec: ModelSpec, contexts: Sequence[int], longest: int) -> list[Pass]:
+    short = min(SHORT, spec.max_positions)
+    passes = [Pass.decode(batch, short) for batch in BATCHES]
+    passes += [Pass.decode(1, context) for context in contexts]
+    passes += [Pass.prompt(tokens) for tokens in PROMPTS if tokens <= longest]
+    passes += [Pass.prompt(CHUNK, context - CHUNK) for context in contexts if context > CHUNK]
+    return passes
+
+
+def _timed_passes(llm: LLM, passes: Sequence[Pass], seed: int, say: Progress) -> dict[Pass, _Timed]:
+    """Every pass in turn, several rounds of all: a bad moment of the machine spoils one repetition of each."""
+    timed: dict[Pass, _Timed] = {one: _Timed() for one in passes}
+    generator = torch.Generator().manual_seed(seed)
+    begin = time.perf_counter()
+    for number in range(ROUNDS):
+        if number >= LEAST_ROUNDS and (time.perf_counter() - begin) * (number + 1) / number > SECONDS:
+            break
+        say(f"round {number + 1} of {ROUNDS} at most")
+        for one in passes:
+            for _ in range(1 if one.tokens > CHUNK else 2):  # the first brings caches and buffers into shape
+                llm.run_pass(_chunks(llm, one, generator), one.phase)
+            _note(timed[one], llm)
+    return timed
+
+
+def _chunks(llm: LLM, one: Pass, generator: torch.Generator) -> list[Chunk]:
+    vocab, blocks, taken = llm.model.spec.vocab_size, blocks_for(llm.context) * llm.max_num_seqs, 0
+    chunks = []
+    for tokens, at in one.sequences:
+        need = blocks_for(tokens + at)
+        table = tuple((taken + i) % blocks for i in range(need))
+        taken += need
+        ids = torch.randint(vocab, (tokens,), generator=generator).tolist()
+        chunks.append(Chunk(ids, at, table, prompt=one.phase == "prefill"))
+    return chunks
+
+
+def _note(timed: _Timed, llm: LLM) -> None:
+    trace, by_kind = llm.trace, defaultdict(list)
+    for event in trace.events:
+        by_kind[llm.model.graph.by_name[event.task].kind].append(event.seconds)
+    for kind, seconds in by_kind.items():
+        timed.seconds[kind].append(statistics.mean(seconds))
+    step = trace.steps[-1]
+    between = step.end - step.start - sum(e.seconds for e in trace.events)
+    timed.between.append(max(0.0, between) / len(llm.model.graph.tasks))
+    assert step.step is not None
+    timed.touched.append(step.step.touched or 0.0)
+
+
+def _timed_samples(llm: LLM) -> dict[int, float]:
+    """Seconds to choose the next tokens, by the number of sequences."""
+    found = {}
+    for batch in (1, llm.max_num_seqs):
+        llm.generate([[1, 2, 3]] * batch, SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True))
+        found[batch] = statistics.median(
+            e.seconds for e in llm.trace.events if e.kind == "sample" and e.phase == "decode"
+        )
+    return found
+
+
+class _Fit:
+    """From times to shares of the limits."""
+
+    def __init__(
+        self, graph: TaskGraph, device: DeviceSpec, timed: Mapping[Pass, _Timed], sampled: Mapping[int, float]
+    ) -> None:
+        self.graph, self.device, self.timed, self.sampled = graph, device, timed, sampled
+        cost = CostModel(Topology((device,)), graph.format)
+        self.peak, self.bandwidth = cost.peak(device), cost.peak_bandwidth(device)
+        one = next(p for p in timed if p.phase == "decode")
+        norm = next(t for t in graph if t.kind == "norm")
+        part, _ = parts(norm, (one.step,), 0.0)
+        self.call = max(0.0, timed[one].median("norm") - (part.weights + part.other) / self.bandwidth)  # s per call
+
+    def curves(self) -> Iterator[Curve]:
+        kinds = {task.kind: task for task in reversed(self.graph.tasks)}  # the first of each; they have one size
+        for kind, task in kinds.items():
+            if kind != "attention":
+                yield from self._curve(task, [p for p in self.timed if self._counts(task, p)])
+                continue
+            for phase in ("decode", "prefill"):
+                passes = [p for p in self.timed if p.phase == phase]
+                scores = self._scores(task, passes)
+                yield from filter(None, (scores,))
+                yield from self._curve(task, [p for p in passes if self._is_short(p)], scores)
+        between = statistics.median(t for timed in self.timed.values() for t in timed.between)
+        yield self._of(PASS, 0.0, between, ())
+        logits = self.graph.tasks[-1].output_bytes_per_token
+        points = tuple(Point(n, 1.0, logits * n / (s * self.bandwidth)) for n, s in sorted(self.sampled.items()))
+        yield self._of(SAMPLE, logits, 0.0, points)
+
+    def _of(self, operator: str, size: float, overhead: float, points: tuple[Point, ...]) -> Curve:
+        device = self.device
+        return Curve(device.name, device.threads, self.graph.format, operator, size, overhead, points)
+
+    def _counts(self, task: Task, one: Pass) -> bool:
+        """Passes with short contexts; of what only sampled sequences need, a pass for each number of them."""
+        return self._is_short(one) and (one.phase == "decode" or not task.prefill.per_sequence)
+
+    @staticmethod
+    def _is_short(one: Pass) -> bool:
+        return max(at for _, at in one.sequences) < SHORT
+
+    def _curve(self, task: Task, passes: Sequence[Pass], scores: Curve | None = None) -> Iterator[Curve]:
+        """Decodes and prompts of about as many rows are one point."""
+        overhead = min(self.call, *(self.timed[p].median(task.kind) / 2 for p in passes))
+        found: dict[float, list[Point]] = defaultdict(list)
+        for one in passes:
+            timed = self.timed[one]
+            part, grows = parts(task, (one.step,), statistics.mean(timed.touched))
+            seconds = [s - overhead - self._seconds(scores, grows) for s in timed.seconds[task.kind]]
+            middle = max(statistics.median(seconds), 0.05 * timed.median(task.kind))
+            compute = max(part.flops, 1.0) / (middle * self.peak)
+            memory = max(part.weights + part.other, 1.0) / (middle * self.bandwidth)
+            found[float(f"{part.rows:.2g}")].append(Point(part.rows, compute, memory, spread(timed.seconds[task.kind])))
+        points = tuple(_mean(found[rows]) for rows in sorted(found))
+        yield self._of(operator_of(task, passes[0].phase), size_of(task), overhead, points)
+
+    def _seconds(self, scores: Curve | None, grows: Sequence[Any]) -> float:
+        if scores is None:
+            return 0.0
+        total = 0.0
+        for part in grows:
+            compute, memory = scores.at(part.rows)
+            total += max(part.flops / (self.peak * compute), part.other / (self.bandwidth * memory))
+        return total
+
+    def _scores(self, task: Task, passes: Sequence[Pass]) -> Curve | None:
+        """What grows with the context, by the difference to a pass of as many tokens and the shortest context."""
+        points = []
+        for one in passes:
+            base = next((p for p in passes if p.tokens == one.tokens and self._is_short(p)), None)
+            if base is None or self._is_short(one):
+                continue
+            more = self.timed[one].median("attention") - self.timed[base].median("attention")
+            [grows], [before] = (parts(task, (p.step,), 0.0)[1] for p in (one, base))
+            if more > 0.02 * self.timed[one].median("attention"):
+                compute = (grows.flops - before.flops) / (more * self.peak)
+                memory = (grows.other - before.other) / (more * self.bandwidth)
+                points.append(Point(grows.rows, compute, memory, spread(self.timed[one].seconds["attention"])))
+        if not points:
+            return None
+        work = task.work(passes[0].phase)
+        return self._of(
+            f"scores.{passes[0].phase}", work.flops_per_pair, 0.0, tuple(sorted(points, key=lambda p: p.rows))
+        )
+
+
+def _mean(points: Sequence[Point]) -> Point:
+    mean = statistics.geometric_mean
+    return Point(
+        mean(p.rows for p in points), mean(p.compute for p in points), mean(p.memory for p in points),
+        max(p.spread for p in points),
+    )  # fmt: skip
+
+
+def calibrate(
+    model: Model, topology: Topology, kernels: str = "auto", fresh: bool = False, progress: Progress | None = None
+) -> Calibration:
+    """Measures what is not known yet of the model's operators on this machine's CPUs (`fresh`: all of them anew), and
+    keeps it for later runs."""
+    chosen = kernels_of(model, kernels)
+    known = load_calibration(model, topology, chosen)
+    for device in topology.devices:
+        if can_be_calibrated(device) and (fresh or not is_calibrated(model, device, known)):
+            store_curves(device, chosen, measure_curves(model, device, chosen, progress))
+    return load_calibration(model, topology, chosen)
