@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from ciuic_runtime.curves import can_be_calibrated, is_calibrated, kernels_of, load_calibration, store_curves
+from ciuic_runtime.devices.backends import open_backend
 from ciuic_runtime.devices.bandwidth import memory_rates
 from ciuic_runtime.devices.limits import spread
+from ciuic_runtime.devices.measure import matrix_rates, torch_threads
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.engine.llm import LLM
 from ciuic_runtime.engine.sampling import SamplingParams
@@ -25,9 +27,10 @@ from ciuic_runtime.models.batch import Chunk
 from ciuic_runtime.models.graph import build_graph
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.models.synthetic import SyntheticCheckpoint
+from ciuic_runtime.ops.native import REFERENCE
 from ciuic_runtime.schedulers.calibration import PASS, SAMPLE, Calibration, Curve, Point, operator_of, size_of
 from ciuic_runtime.schedulers.cost import CostModel, parts
-from ciuic_runtime.schedulers.graph import Phase, Step, Task, TaskGraph
+from ciuic_runtime.schedulers.graph import PHASES, Phase, Step, Task, TaskGraph
 
 log = logging.getLogger("ciuic")
 Progress = Callable[[str], None]
@@ -94,15 +97,26 @@ def measure_curves(
     say(f"measuring operators of {model.spec.name} in {model.format} with {device.threads} threads on {device.name}")
     with LLM(
         SyntheticCheckpoint(spec, seed), dtype=model.format, devices=Topology((device,)), threads=device.threads,
-        kernels=kernels, max_model_len=longest, max_num_seqs=4, prefill_chunk=max(PROMPTS), paged=False,
+        kernels=kernels, max_model_len=longest, max_num_seqs=4, prefill_chunk=max(PROMPTS), paged=kernels != REFERENCE,
     ) as llm:  # fmt: skip
-        before = memory_rates(device, 1.0).memory_bandwidth
+        before = _limits(device)
         timed = _timed_passes(llm, _passes(spec, contexts, longest), seed, say)
         sampled = _timed_samples(llm)
-        after = memory_rates(device, 1.0).memory_bandwidth
-    drift = [rate / device.memory_bandwidth for rate in (before, after) if rate and device.memory_bandwidth]
-    limits = replace(device, memory_bandwidth=(device.memory_bandwidth or 0.0) * statistics.mean(drift or [1.0]))
-    return tuple(_Fit(llm.model.graph, limits, timed, sampled).curves())
+        after = _limits(device)
+    now = replace(
+        device,
+        memory_bandwidth=statistics.mean(one.memory_bandwidth for one in (before, after)),
+        matrix_rates={k: statistics.mean(one.matrix_rates[k] for one in (before, after)) for k in before.matrix_rates},
+    )
+    return tuple(_Fit(llm.model.graph, now, timed, sampled).curves())
+
+
+def _limits(device: DeviceSpec) -> DeviceSpec:
+    """The device as fast as it is at this moment: shares are of limits measured beside them, on a busy machine too."""
+    bandwidth = memory_rates(device, 1.0).memory_bandwidth_by_threads.get(device.threads) or device.memory_bandwidth
+    with torch_threads(device.threads):
+        rates, _ = matrix_rates(open_backend(device), 1.0)
+    return replace(device, memory_bandwidth=bandwidth, matrix_rates={**device.matrix_rates, **rates})
 
 
 def measured_part(spec: ModelSpec, format: str) -> ModelSpec:
@@ -130,6 +144,7 @@ def _passes(spec: ModelSpec, contexts: Sequence[int], longest: int) -> list[Pass
     passes = [Pass.decode(batch, short) for batch in BATCHES]
     passes += [Pass.decode(1, context) for context in contexts]
     passes += [Pass.prompt(tokens) for tokens in PROMPTS if tokens <= longest]
+    passes.append(Pass("prefill", ((short, 0),) * (CHUNK // short)))
     passes += [Pass.prompt(CHUNK, context - CHUNK) for context in contexts if context > CHUNK]
     return passes
 
@@ -163,11 +178,11 @@ def _chunks(llm: LLM, one: Pass, generator: torch.Generator) -> list[Chunk]:
 
 
 def _note(timed: _Timed, llm: LLM) -> None:
-    trace, by_kind = llm.trace, defaultdict(list)
-    for event in trace.events:
-        by_kind[llm.model.graph.by_name[event.task].kind].append(event.seconds)
-    for kind, seconds in by_kind.items():
-        timed.seconds[kind].append(statistics.mean(seconds))
+    trace = llm.trace
+    tasks: Counter[str] = Counter(task.kind for task in llm.model.graph)
+    for kind, seconds in trace.seconds_by_kind(trace.steps[-1].phase).items():
+        if kind in tasks:
+            timed.seconds[kind].append(seconds / tasks[kind])
     step = trace.steps[-1]
     between = step.end - step.start - sum(e.seconds for e in trace.events)
     timed.between.append(max(0.0, between) / len(llm.model.graph.tasks))
@@ -214,7 +229,7 @@ class _Fit:
         between = statistics.median(t for timed in self.timed.values() for t in timed.between)
         yield self._of(PASS, 0.0, between, ())
         logits = self.graph.tasks[-1].output_bytes_per_token
-        points = tuple(Point(n, 1.0, logits * n / (s * self.bandwidth)) for n, s in sorted(self.sampled.items()))
+        points = tuple(Point(n, 0.0, logits * n / (s * self.bandwidth)) for n, s in sorted(self.sampled.items()))
         yield self._of(SAMPLE, logits, 0.0, points)
 
     def _of(self, operator: str, size: float, overhead: float, points: tuple[Point, ...]) -> Curve:
@@ -254,17 +269,17 @@ class _Fit:
         return total
 
     def _scores(self, task: Task, passes: Sequence[Pass]) -> Curve | None:
-        """What grows with the context, by the difference to a pass of as many tokens and the shortest context."""
+        """What grows with the context, by the difference to the pass of as many tokens that attends least."""
         points = []
         for one in passes:
-            base = next((p for p in passes if p.tokens == one.tokens and self._is_short(p)), None)
-            if base is None or self._is_short(one):
+            base = min((p for p in passes if p.tokens == one.tokens), key=lambda p: p.step.pairs)
+            if base is one:
                 continue
             more = self.timed[one].median("attention") - self.timed[base].median("attention")
             [grows], [before] = (parts(task, (p.step,), 0.0)[1] for p in (one, base))
             if more > 0.02 * self.timed[one].median("attention"):
                 compute = (grows.flops - before.flops) / (more * self.peak)
-                memory = (grows.other - before.other) / (more * self.bandwidth)
+                memory = (grows.other - before.other or grows.other) / (more * self.bandwidth)
                 points.append(Point(grows.rows, compute, memory, spread(self.timed[one].seconds["attention"])))
         if not points:
             return None
@@ -293,3 +308,21 @@ def calibrate(
         if can_be_calibrated(device) and (fresh or not is_calibrated(model, device, known)):
             store_curves(device, chosen, measure_curves(model, device, chosen, progress))
     return load_calibration(model, topology, chosen)
+
+
+def curves_of(model: Model, topology: Topology, calibration: Calibration) -> list[Curve]:
+    """Those curves that forecasts of the model go by."""
+    found: dict[int, Curve] = {}
+    logits = model.graph.tasks[-1].output_bytes_per_token
+    wanted = {(PASS, 0.0), (SAMPLE, logits)}
+    for task in model.graph:
+        for phase in PHASES:
+            wanted.add((operator_of(task, phase), size_of(task)))
+            if task.work(phase).flops_per_pair:
+                wanted.add((f"scores.{phase}", task.work(phase).flops_per_pair))
+    for device in topology.devices:
+        for operator, size in wanted:
+            curve = calibration.curve(device.name, device.threads, model.format, operator, size)
+            if curve is not None:
+                found[id(curve)] = curve
+    return list(found.values())

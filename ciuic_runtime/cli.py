@@ -88,6 +88,12 @@ IoThreads = Annotated[int | None, typer.Option("--io-threads", help="threads tha
 RoutingOption = Annotated[
     Path | None, typer.Option("--routing", metavar="FILE", help="a recording that says which experts are popular")
 ]
+FormatOption = Annotated[str, typer.Option("--format", help="auto, float32, bf16, int8 or int4")]
+PromptTokens = Annotated[int, typer.Option("--prompt-tokens")]
+BatchOption = Annotated[int, typer.Option("--batch", help="sequences at once")]
+HtmlOption = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE.html", help="write a report that a browser shows")
+]
 Context = Annotated[int | None, typer.Option("--context", help="positions per sequence: prompt and new tokens")]
 
 
@@ -125,34 +131,42 @@ def doctor(kernels: Kernels = "auto", as_json: JsonOption = False) -> None:
 @app.command()
 def plan(
     model: ModelArgument,
-    format: Annotated[str, typer.Option("--format", help="auto, float32, bf16, int8 or int4")] = "auto",
+    format: FormatOption = "auto",
     devices: DevicesOption = None,
     placement: PlacementOption = None,
     memory: MemoryOption = None,
     goal: GoalOption = None,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens")] = 512,
+    prompt_tokens: PromptTokens = 512,
     max_tokens: MaxTokens = 128,
-    batch: Annotated[int, typer.Option("--batch", help="sequences at once")] = 1,
+    batch: BatchOption = 1,
+    threads: Threads = None,
     save: Annotated[Path | None, typer.Option("--save", metavar="FILE.json", help="write the schedule")] = None,
     trace: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE.json", help="write the forecast as a Chrome trace")
     ] = None,
+    html: HtmlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the schedule for a model before anything is loaded."""
     import ciuic_runtime as ciuic
+    from ciuic_runtime.curves import load_calibration
 
     work = ciuic.Workload(prompt_tokens, max_tokens, batch)
     known = ciuic.Model(model, format)
-    hw = _hardware(devices)
     schedule = ciuic.plan(
-        known, hw, memory=_budgets(memory), goal=goal or "latency", workload=work, placement=_placement(placement)
+        known, _hardware(devices), memory=_budgets(memory), goal=goal or "latency", workload=work,
+        placement=_placement(placement), threads=threads,
     )  # fmt: skip
     if save:
         schedule.to_json(save)
-    if trace:
-        cost = ciuic.CostModel(schedule.topology, known.format, workload=work)
-        ciuic.simulate(schedule, known.graph, cost).to_chrome_trace(trace)
+    if trace or html:
+        calibration = load_calibration(known, schedule.topology)
+        cost = ciuic.CostModel(schedule.topology, known.format, calibration, work)
+        forecast = ciuic.simulate(schedule, known.graph, cost)
+        if trace:
+            forecast.to_chrome_trace(trace)
+        if html:
+            schedule.to_html(html, forecast)
     _result(as_json, schedule.to_dict(), lambda: str(schedule))
 
 
@@ -192,17 +206,19 @@ def run(
     trace: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE.json", help="write what happened as a Chrome trace")
     ] = None,
+    html: HtmlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt, and show the forecast beside what happened."""
     import ciuic_runtime as ciuic
     from ciuic_runtime.engine.routing import write_routing
+    from ciuic_runtime.history import record_of, remember
     from ciuic_runtime.models.checkpoint import open_checkpoint
     from ciuic_runtime.models.tokenizer import load_tokenizer
     from ciuic_runtime.report import run_report
     from ciuic_runtime.show import run_summary
 
-    for file in filter(None, (trace, record_routing)):
+    for file in filter(None, (trace, record_routing, html)):
         check_can_write(file)
     if stages != 1:
         raise InvalidInput(f"--stages {stages}: this version runs one local stage; clusters are not in it yet")
@@ -224,15 +240,20 @@ def run(
     ) as llm:  # fmt: skip
         recorder = llm.record_routing() if record_routing else None
         outputs, interrupted = _generate(llm, ids, params, show=not as_json)
-        report = run_report(llm, outputs)
+        comparison = llm.comparison
+        report = run_report(llm, outputs, comparison)
+        if not interrupted:
+            remember(record_of(llm, llm.trace, comparison))
         if record_routing and recorder and recorder.anything:
             write_routing(recorder.routing(), record_routing)
         if trace:
             llm.trace.to_chrome_trace(trace)
+        if html:
+            llm.schedule.to_html(html, llm.forecast_trace(), llm.trace)
         if as_json:
             _print_json(report)
         else:
-            print(run_summary(llm, report), file=sys.stderr)
+            print(run_summary(llm, report, comparison), file=sys.stderr)
     if interrupted:
         raise _Interrupted
 
@@ -311,6 +332,94 @@ def pack(
     except KeyboardInterrupt:
         raise _Stopped(f"interrupted; the same command goes on with what is in {out}.partial") from None
     _result(as_json, report.to_dict(), lambda: pack_summary(report))
+
+
+@app.command()
+def calibrate(
+    model: ModelArgument,
+    format: FormatOption = "auto",
+    threads: Threads = None,
+    kernels: Kernels = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="measure again what is known already")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how fast this machine computes a model's operators, so that plans rest on that; below a minute."""
+    import ciuic_runtime as ciuic
+    from ciuic_runtime.calibrate import calibrate as measure
+    from ciuic_runtime.calibrate import curves_of
+    from ciuic_runtime.devices.threads import with_threads
+    from ciuic_runtime.show import curves_table
+
+    known = ciuic.Model(model, format)
+    topology = with_threads(_hardware(None, "fresh" if fresh else "cached").topology, threads)
+    calibration = measure(known, topology, kernels, fresh, _say)
+    curves = curves_of(known, topology, calibration)
+    document = {
+        "schema_version": 1, "model": known.spec.name, "format": known.format, "curves": [asdict(c) for c in curves],
+    }  # fmt: skip
+    _result(as_json, document, lambda: curves_table(curves))
+
+
+@app.command()
+def bench(
+    model: ModelArgument,
+    prompt_tokens: PromptTokens = 512,
+    max_tokens: MaxTokens = 128,
+    batch: BatchOption = 1,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, max=1000, help="repetitions; the median is shown")] = 3,
+    dtype: Dtype = "auto",
+    schedule: ScheduleOption = None,
+    placement: PlacementOption = None,
+    memory: MemoryOption = None,
+    goal: GoalOption = None,
+    devices: DevicesOption = None,
+    threads: Threads = None,
+    kernels: Kernels = "auto",
+    cache_policy: CachePolicyOption = None,
+    lookahead: Lookahead = None,
+    io_threads: IoThreads = None,
+    html: HtmlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a workload with random prompts, and show the forecast beside it. A model without weights (a config.json
+    or a known name) gets random ones."""
+    import ciuic_runtime as ciuic
+    from ciuic_runtime.bench import bench as measure
+    from ciuic_runtime.bench import weights_for
+    from ciuic_runtime.history import record_of, remember
+    from ciuic_runtime.report import bench_report
+    from ciuic_runtime.show import bench_summary
+
+    work = ciuic.Workload(prompt_tokens, max_tokens, batch)
+    if html:
+        check_can_write(html)
+    with _open(
+        weights_for(model), dtype=dtype, schedule=schedule, placement=placement, memory=memory, goal=goal,
+        devices=devices, threads=threads, kernels=kernels, context=None, workload=work, cache_policy=cache_policy,
+        lookahead=lookahead, io_threads=io_threads,
+    ) as llm:  # fmt: skip
+        found = measure(llm, work, rounds, progress=_say)
+        for one in found.rounds:
+            remember(record_of(llm, one.trace, one.comparison))
+        if html:
+            llm.schedule.to_html(html, llm.forecast_trace(), found.median.trace)
+        document = bench_report(llm, found)
+        _result(as_json, document, lambda: bench_summary(llm, found))
+
+
+@app.command()
+def score(as_json: JsonOption = False) -> None:
+    """Show how far the planner's forecasts were off in the runs so far."""
+    from ciuic_runtime.history import history_file, read_history, scores
+    from ciuic_runtime.show import score_table
+
+    records = read_history()
+    found = scores(records)
+    document = {
+        "schema_version": 1, "file": str(history_file()), "scores": {name: asdict(s) for name, s in found.items()},
+        "runs": [asdict(r) for r in records],
+    }  # fmt: skip
+    _result(as_json, document, lambda: score_table(found, records))
 
 
 @app.command()
@@ -432,7 +541,11 @@ def _hardware(file: Path | None, measure: str = "cached", path: Path | None = No
 
     if file is not None:
         return DeviceManager.from_toml(file)
-    return DeviceManager(path, measure, progress=lambda what: print(f"ciuic: {what}", file=sys.stderr))
+    return DeviceManager(path, measure, progress=_say)
+
+
+def _say(what: str) -> None:
+    print(f"ciuic: {what}", file=sys.stderr)
 
 
 def _placement(file: Path | None) -> Placement | None:

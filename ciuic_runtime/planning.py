@@ -11,6 +11,7 @@ from ciuic_runtime.curves import load_calibration
 from ciuic_runtime.devices.errors import OutOfMemory
 from ciuic_runtime.devices.manager import DeviceManager, measured_disk
 from ciuic_runtime.devices.spec import Topology
+from ciuic_runtime.devices.threads import with_threads
 from ciuic_runtime.model import Model
 from ciuic_runtime.schedulers.calibration import Calibration
 from ciuic_runtime.schedulers.placement import Placement
@@ -31,6 +32,7 @@ def plan(
     placement: Placement | None = None,
     calibration: Calibration | None = None,
     kernels: str = "auto",
+    threads: int | None = None,
     disk: str | Path | None = None,
 ) -> Schedule:
     """The schedule for `model` on `hw` (None: this machine), with what it is forecast to do. Where memory is too small,
@@ -40,7 +42,7 @@ def plan(
 
     Raises InvalidInput for what cannot be asked, OutOfMemory, with the figures, where nothing fits."""
     hw = hw or DeviceManager(path=None)
-    topology = hw if isinstance(hw, Topology) else hw.topology
+    topology = with_threads(hw if isinstance(hw, Topology) else hw.topology, threads)
     if disk is None and isinstance(hw, DeviceManager) and hw.discovered and Path(model.source).exists():
         disk = Path(model.source)
     calibration = calibration or load_calibration(model, topology, kernels)

@@ -6,13 +6,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ciuic_runtime.bench import Bench
 from ciuic_runtime.engine.llm import LLM
 from ciuic_runtime.engine.request import RequestOutput
+from ciuic_runtime.schedulers.comparison import Comparison
+from ciuic_runtime.schedulers.trace import Trace
 
 
-def run_report(llm: LLM, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """Of one prompt, or of a batch: then the top-level fields are the first prompt's and `outputs` has them all."""
-    trace = llm.trace
+def run_report(
+    llm: LLM, outputs: Sequence[RequestOutput], comparison: Comparison, trace: Trace | None = None
+) -> dict[str, Any]:
+    """Of one prompt, or of a batch: then the top-level fields are the first prompt's and `outputs` has them all.
+    `trace`: None is the last run's."""
+    trace = trace or llm.trace
     rows = [_output(o) for o in outputs]
     return {
         "schema_version": 1,
@@ -28,9 +34,26 @@ def run_report(llm: LLM, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         "kernels": llm.kernels,
         "schedule": llm.schedule.to_dict(),
         "paging": llm.paging.to_dict() if llm.paging else None,
-        "actual_against_forecast": llm.comparison.to_dict(),
+        "actual_against_forecast": comparison.to_dict(),
         "notes": list(trace.notes),
     }
+
+
+def bench_report(llm: LLM, found: Bench) -> dict[str, Any]:
+    """The median repetition as a run's report, without its text, and the rates of all."""
+    one = found.median
+    report = run_report(llm, one.outputs, one.comparison, one.trace)
+    for key in ("text", "token_ids", "prompt_token_ids", "outputs", "finish_reason", "seed"):
+        del report[key]
+    rounds = [
+        {
+            "prefill_tokens_per_s": r.trace.tokens_per_s("prefill"),
+            "decode_tokens_per_s": r.trace.tokens_per_s("decode"),
+            "memory_bandwidth": r.memory_bandwidth,
+        }
+        for r in found.rounds
+    ]
+    return {**report, "rounds": rounds, "spread": found.spread, "drift": found.drift}
 
 
 def _output(o: RequestOutput) -> dict[str, Any]:

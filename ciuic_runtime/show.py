@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 from ciuic_runtime.devices.units import format_bytes, format_rate
 
 if TYPE_CHECKING:
+    from ciuic_runtime.bench import Bench
     from ciuic_runtime.doctor import Check
     from ciuic_runtime.engine.llm import LLM
+    from ciuic_runtime.history import Record, Score
     from ciuic_runtime.packing import PackReport
+    from ciuic_runtime.schedulers.calibration import Curve
+    from ciuic_runtime.schedulers.comparison import Comparison
     from ciuic_runtime.schedulers.replay import Replay
     from ciuic_runtime.schedulers.schedule import Schedule
 
@@ -42,7 +46,7 @@ def plan_line(schedule: Schedule) -> str:
     )
 
 
-def run_summary(llm: LLM, report: dict[str, Any]) -> str:
+def run_summary(llm: LLM, report: dict[str, Any], comparison: Comparison) -> str:
     """What the run amounted to, and the forecast beside it."""
     peak = ", ".join(f"{format_bytes(n)} on {d}" for d, n in report["peak_memory_bytes"].items())
     new = sum(len(o["token_ids"]) for o in report["outputs"])
@@ -52,10 +56,58 @@ def run_summary(llm: LLM, report: dict[str, Any]) -> str:
         "",
         f"loaded in {report['load_s']:.2f} s; {new} new tokens ({report['finish_reason']}), {came}; "
         f"{llm.threads} threads; peak memory {peak}",
-        str(llm.comparison),
+        str(comparison),
         *([str(llm.paging)] if llm.paging else []),
         *report["notes"],
     ]
+    return "\n".join(lines)
+
+
+def bench_summary(llm: LLM, found: Bench) -> str:
+    """The median repetition beside its forecast."""
+    one = found.median
+    drift = f"; the memory's bandwidth moved by {found.drift:.0%} meanwhile" if found.drift is not None else ""
+    lines = [
+        f"{found.workload}: median of {len(found.rounds)} repetitions, which vary by {found.spread:.1%}{drift}",
+        str(one.comparison),
+        *one.trace.notes,
+    ]
+    return "\n".join(lines)
+
+
+def curves_table(curves: Sequence[Curve]) -> str:
+    """What share of which limit each operator reaches, at a few numbers of rows."""
+    shown = (1, 8, 64, 512)
+    head = "".join(f"{f'{n} rows':>13}" for n in shown)
+    lines = [f"{'operator':<18}{'size':>10}{'per call':>10}{head}{'varies by':>11}"]
+    for curve in sorted(curves, key=lambda c: c.operator):
+        size = "" if curve.operator.startswith("scores") or not curve.size else format_bytes(curve.size)
+        cells = "".join(f"{_share(curve, n):>13}" for n in shown)
+        lines.append(f"{curve.operator:<18}{size:>10}{1e6 * curve.overhead:>7.1f} us{cells}{curve.spread:>11.1%}")
+    return "\n".join([*lines, "shares of the limit that is nearer: c of the matrix rate, m of the memory's bandwidth"])
+
+
+def _share(curve: Curve, rows: float) -> str:
+    if not curve.points:
+        return ""
+    compute, memory = curve.at(rows)
+    held = "" if curve.covers(rows) else "*"
+    return f"{compute:.0%} c{held}" if compute > memory else f"{memory:.0%} m{held}"
+
+
+def score_table(found: dict[str, Score], records: Sequence[Record]) -> str:
+    """How many times too high or too low forecasts were, and the last runs."""
+    if not found:
+        return "no run is on record yet: `ciuic run` and `ciuic bench` keep what they forecast and what came"
+    width = max(map(len, found))
+    lines = [f"{'':<{width}}{'runs':>6}{'median':>9}{'worst':>9}{'recent':>9}{'in range':>10}"]
+    for name, s in found.items():
+        inside = f"{s.inside:.0%}" if s.inside is not None else "-"
+        lines.append(f"{name:<{width}}{s.runs:>6}{s.median:>8.2f}x{s.worst:>8.2f}x{s.recent:>8.2f}x{inside:>10}")
+    lines += ["", f"{'last runs (UTC)':<27}{'prefill':>20}{'decode':>20}   actual/forecast tokens/s"]
+    for r in records[-10:]:
+        cells = [f"{x.actual:.4g}/{x.forecast:.4g}" if x else "-" for x in (r.prefill, r.decode)]
+        lines.append(f"{r.time:<27}{cells[0]:>20}{cells[1]:>20}   {r.model}, {r.format}, {r.workload}")
     return "\n".join(lines)
 
 

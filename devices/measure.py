@@ -49,7 +49,7 @@ def measure_device(spec: DeviceSpec, seconds: float = 6.0, progress: Progress | 
     if _torch_version() == "none":
         return replace(limits, facts={**limits.facts, "matrix_rates_not_measured": "torch is not installed"})
     say(f"measuring matrix products on {spec.name}")
-    with _torch_threads(spec.cores):
+    with torch_threads(spec.cores):
         backend = open_backend(spec)
         left = max(1.0, seconds - (time.perf_counter() - start))  # torch itself took up to two seconds to load
         matrix, matrix_spread = matrix_rates(backend, left * 0.4)
@@ -205,7 +205,7 @@ def _repeat(
 
 
 @contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
+def torch_threads(threads: int) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()

@@ -3,6 +3,8 @@ Knows nothing of how the facts were found (discovery and measuring are one file 
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -60,9 +62,34 @@ class Link:
     bandwidth: float  # bytes/s
     latency: float = 0.0  # s
     basis: Basis = "unknown"
+    domains: tuple[str, ...] = ()  # what it runs through together with other links
+    bandwidth_by_size: Mapping[int, float] = field(default_factory=dict)  # bytes per transfer -> bytes/s
 
     def transfer_time(self, nbytes: float) -> float:
-        return self.latency + nbytes / self.bandwidth
+        """Seconds for one transfer that has the link, and the domains it runs through, to itself."""
+        return self.latency + nbytes / self.bandwidth_at(nbytes)
+
+    def bandwidth_at(self, nbytes: float) -> float:
+        """Bytes/s of transfers of this size: straight between known sizes in log-log space, level beyond them."""
+        if not self.bandwidth_by_size:
+            return self.bandwidth
+        sizes = sorted(self.bandwidth_by_size)
+        right = min(bisect_left(sizes, nbytes), len(sizes) - 1)
+        left = right - 1 if sizes[right] > nbytes and right else right
+        low, high = (self.bandwidth_by_size[sizes[i]] for i in (left, right))
+        if left == right:
+            return high
+        share = math.log(nbytes / sizes[left]) / math.log(sizes[right] / sizes[left])
+        return low * (high / low) ** share
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """What several links run through at once: a memory controller, a disk, a PCIe root, a network card."""
+
+    name: str
+    bandwidth: float  # bytes/s, of all transfers through it together
+    basis: Basis = "unknown"
 
 
 # Where no link was measured or declared: a pessimistic PCIe 3.0 x16 or memory copy, or a modest NVMe drive; labelled
@@ -75,10 +102,11 @@ ASSUMED_DISK_LATENCY = 200e-6  # s
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """All devices and links that a schedule may use. Names are unique; links name known devices."""
+    """All devices and links that a schedule may use. Names are unique; links name known devices and domains."""
 
     devices: tuple[DeviceSpec, ...]
     links: tuple[Link, ...] = ()
+    domains: tuple[Domain, ...] = ()
 
     def __post_init__(self) -> None:
         names = [d.name for d in self.devices]
@@ -91,6 +119,7 @@ class Topology:
                 raise InvalidInput(
                     f"link {link.src} -> {link.dst} names unknown device {min(stranger)}; there are {', '.join(names)}"
                 )
+        self._check_domains()
 
     @property
     def compute_devices(self) -> tuple[DeviceSpec, ...]:
@@ -115,9 +144,25 @@ class Topology:
         return Link(src, dst, ASSUMED_LINK_BANDWIDTH, ASSUMED_LINK_LATENCY, "estimated")
 
     def only(self, names: Iterable[str]) -> Topology:
-        """The same topology with only these devices and the links among them."""
+        """The same topology with only these devices, the links among them and what those run through."""
         keep = {self.device(n).name for n in names}
+        links = tuple(x for x in self.links if x.src in keep and x.dst in keep)
+        through = {name for x in links for name in x.domains}
         return Topology(
-            tuple(d for d in self.devices if d.name in keep),
-            tuple(x for x in self.links if x.src in keep and x.dst in keep),
+            tuple(d for d in self.devices if d.name in keep), links, tuple(d for d in self.domains if d.name in through)
         )
+
+    def _check_domains(self) -> None:
+        known = [d.name for d in self.domains]
+        if twice := sorted({n for n in known if known.count(n) > 1}):
+            raise InvalidInput(f"domain {twice[0]} is declared twice; domain names must be unique")
+        for link in self.links:
+            if stranger := set(link.domains) - set(known):
+                raise InvalidInput(
+                    f"link {link.src} -> {link.dst} runs through unknown domain {min(stranger)}; declare it in a "
+                    f"[[domain]] with name and bandwidth (there are: {', '.join(known) or 'none'})"
+                )
+            if len(set(link.domains)) < len(link.domains):
+                raise InvalidInput(
+                    f"link {link.src} -> {link.dst} names a domain twice ({', '.join(link.domains)}); once is enough"
+                )

@@ -1,5 +1,8 @@
 """A topology as a TOML file: one [[device]] per device, one [[link]] per link, keys named as in DeviceSpec and Link.
-Knows what is allowed in each key; anything else is one line that names the file, the key and what would do."""
+Knows what is allowed in each key; anything else is one line that names the file, the key and what would do.
+
+`catalogue = "RTX 4090"` in a [[device]], or `catalogue = "pcie4-x16"` in a [[link]], takes from `catalogue.py` whatever
+the table does not say itself; its rates are estimated."""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from ciuic_runtime.devices.catalogue import KnownDevice, KnownLink, find_device, find_link
 from ciuic_runtime.devices.errors import InvalidInput
-from ciuic_runtime.devices.spec import Basis, DeviceSpec, Kind, Link, Topology
+from ciuic_runtime.devices.spec import Basis, DeviceSpec, Domain, Kind, Link, Topology
 from ciuic_runtime.devices.units import parse_bytes
 
 _PREFIX = {"CPU": "cpu", "GPU": "cuda", "SIM": "sim", "DISK": "disk"}
@@ -41,15 +45,17 @@ def topology_from_toml(text: str, source: str) -> Topology:
 
 def topology_from_dict(document: Mapping[str, Any], source: str) -> Topology:
     """The same from a document that was already parsed, of TOML or of a schedule's JSON."""
-    _known(document, ("device", "link"), source)
-    tables = {key: _tables(document, key, source) for key in ("device", "link")}
+    kinds = ("device", "link", "domain")
+    _known(document, kinds, source)
+    tables = {key: _tables(document, key, source) for key in kinds}
     if not tables["device"]:
         raise InvalidInput(f"{source} declares no devices; write at least one [[device]] with name, kind, memory_bytes")
     devices = tuple(_device(t, f"{source}: {_place('device', i, t)}") for i, t in enumerate(tables["device"], 1))
     links = tuple(_link(t, f"{source}: link {i}") for i, t in enumerate(tables["link"], 1))
     _no_link_twice(links, source)
+    domains = tuple(_domain(t, f"{source}: {_place('domain', i, t)}") for i, t in enumerate(tables["domain"], 1))
     try:
-        return Topology(devices, links)
+        return Topology(devices, links, domains)
     except InvalidInput as error:
         raise InvalidInput(f"{source}: {error}") from error
 
@@ -62,7 +68,8 @@ def topology_to_toml(topology: Topology) -> str:
 
 
 def topology_to_dict(topology: Topology) -> dict[str, list[dict[str, Any]]]:
-    return {"device": [_table(d) for d in topology.devices], "link": [_table(x) for x in topology.links]}
+    tables = {"device": [_table(d) for d in topology.devices], "link": [_table(x) for x in topology.links]}
+    return tables | ({"domain": [_table(d) for d in topology.domains]} if topology.domains else {})
 
 
 def read_topology(path: str | Path) -> Topology:
@@ -76,7 +83,7 @@ def read_topology(path: str | Path) -> Topology:
 
 
 def _device(table: dict[str, Any], where: str) -> DeviceSpec:
-    values = _values(table, _DEVICE_KEYS, where)
+    values = _with_catalogue(_values(table, _DEVICE_KEYS, where), find_device, where)
     for key in ("name", "kind"):
         if key not in values:
             raise InvalidInput(f"{where}: {key} is missing; allowed: {_DEVICE_KEYS[key].allowed}")
@@ -90,13 +97,39 @@ def _device(table: dict[str, Any], where: str) -> DeviceSpec:
 
 
 def _link(table: dict[str, Any], where: str) -> Link:
-    values = _values(table, _LINK_KEYS, where)
+    values = _with_catalogue(_values(table, _LINK_KEYS, where), find_link, where)
     for key in ("src", "dst", "bandwidth"):
         if key not in values:
             raise InvalidInput(f"{where}: {key} is missing; allowed: {_LINK_KEYS[key].allowed}")
     if values["src"] == values["dst"]:
         raise InvalidInput(f"{where}: src and dst are both {values['src']}; a link joins two devices")
     return Link(**{"basis": "estimated", **values})
+
+
+def _domain(table: dict[str, Any], where: str) -> Domain:
+    values = _values(table, _DOMAIN_KEYS, where)
+    for key in ("name", "bandwidth"):
+        if key not in values:
+            raise InvalidInput(f"{where}: {key} is missing; allowed: {_DOMAIN_KEYS[key].allowed}")
+    return Domain(**{"basis": "estimated", **values})
+
+
+def _with_catalogue(
+    values: dict[str, Any], find: Callable[[str], KnownDevice | KnownLink], where: str
+) -> dict[str, Any]:
+    """What the table says, and from the catalogue what it does not; tables in it (rates by dtype) entry by entry."""
+    name = values.pop("catalogue", None)
+    if name is None:
+        return values
+    try:
+        known = find(name).values()
+    except InvalidInput as error:
+        raise InvalidInput(f"{where}: catalogue: {error}") from error
+    for key, allowed in (("kind", (known.get("kind"), None)), ("basis", ("estimated", None))):
+        if values.get(key) not in allowed:
+            raise InvalidInput(f"{where}: {key} is {values[key]}, but catalogue {_shown(name)} is {allowed[0]}")
+    merged = {k: {**v, **values[k]} for k, v in known.items() if isinstance(v, dict) and k in values}
+    return {**known, **values, **merged}
 
 
 def _values(table: dict[str, Any], keys: Mapping[str, Key], where: str) -> dict[str, Any]:
@@ -141,7 +174,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _table(fact: DeviceSpec | Link) -> dict[str, Any]:
+def _table(fact: DeviceSpec | Link | Domain) -> dict[str, Any]:
     """The fields that differ from their defaults; `basis` always, since its default depends on the others."""
     table = {}
     for item in fields(fact):
@@ -279,11 +312,20 @@ _DEVICE_KEYS: dict[str, Key] = {
     "basis": _choice(get_args(Basis)),
     "usable": Key("true or false", _read_flag),
     "why_not_usable": _text("a text"),
+    "catalogue": _text('a text such as "RTX 4090" or "8 x DDR5-4800"'),
 }
 _LINK_KEYS: dict[str, Key] = {
     "src": _DEVICE_NAME,
     "dst": _DEVICE_NAME,
     "bandwidth": _BANDWIDTH,
     "latency": _number(0, 60, "seconds"),
+    "basis": _choice(get_args(Basis)),
+    "domains": Key('a list of names of [[domain]] tables such as ["pcie0"]', _read_names),
+    "bandwidth_by_size": _mapping("bytes per transfer", _read_whole, _BANDWIDTH),
+    "catalogue": _text('a text such as "pcie4-x16" or "ethernet-10g"'),
+}
+_DOMAIN_KEYS: dict[str, Key] = {
+    "name": _text('a name such as "pcie0", "memory controller" or "nic"', re.compile(r"\S(.*\S)?")),
+    "bandwidth": _BANDWIDTH,
     "basis": _choice(get_args(Basis)),
 }

@@ -4,6 +4,7 @@ Data only; `ciuic_runtime/calibrate.py` measures it, `cost.py` makes times of it
 from __future__ import annotations
 
 import math
+import statistics
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,15 @@ ASSUMED_COMPUTE_UTILISATION = 1 / 2
 ASSUMED_MEMORY_UTILISATION = 2 / 3
 # Where a device says nothing of its own launch overhead; estimated.
 ASSUMED_LAUNCH_OVERHEAD = {"CPU": 5e-6, "GPU": 8e-6, "SIM": 0.0}  # s
+
+ROUNDING = 1e-6
+# What published engines reach on machines that are only declared, fitted to published speeds (benchmarks/
+# published.py and its results): of a CPU's stream bandwidth and of a GPU's data sheet; with packed weights, of the int8
+# rate.
+ESTIMATED_MEMORY_UTILISATION = 0.70
+ESTIMATED_PACKED_COMPUTE_UTILISATION = 0.094
+ESTIMATED_LAUNCH_OVERHEAD = {"CPU": 5e-6, "GPU": 20e-6}  # s
+ESTIMATED_ERROR = 1.4  # relative: nine of ten published rates lie within it
 
 PASS, SAMPLE = "pass", "sample"  # what a pass costs per task besides the tasks, and choosing tokens at its end
 
@@ -52,11 +62,13 @@ class Curve:
 
     def covers(self, rows: float) -> bool:
         """Whether it was measured there, or on both sides of it."""
-        return bool(self.points) and self.points[0].rows <= rows <= self.points[-1].rows
+        low, high = (self.points[0].rows, self.points[-1].rows) if self.points else (math.inf, 0.0)
+        return low * (1 - ROUNDING) <= rows <= high * (1 + ROUNDING)
 
     @property
     def spread(self) -> float:
-        return max((p.spread for p in self.points), default=0.0)
+        """Of the middle one of its points."""
+        return statistics.median(p.spread for p in self.points) if self.points else 0.0
 
     @cached_property
     def _compute(self) -> _LogLine:
@@ -95,7 +107,7 @@ class Calibration:
     compute_utilisation: Mapping[str, float] = field(default_factory=dict)  # device -> share of its matrix rate
     memory_utilisation: Mapping[str, float] = field(default_factory=dict)  # device -> share of its bandwidth
     launch_overhead: Mapping[str, float] = field(default_factory=dict)  # device -> s per operator call
-    model_error: float = 1.0  # relative: rates from half to twice the forecast are to be expected
+    model_error: float = ESTIMATED_ERROR  # relative: rates from forecast / 2.4 to forecast x 2.4 are to be expected
     basis: Literal["measured", "estimated"] = "estimated"  # of devices without curves
     curves: tuple[Curve, ...] = ()
 

@@ -13,6 +13,9 @@ from ciuic_runtime.schedulers.calibration import (
     ASSUMED_COMPUTE_UTILISATION,
     ASSUMED_LAUNCH_OVERHEAD,
     ASSUMED_MEMORY_UTILISATION,
+    ESTIMATED_LAUNCH_OVERHEAD,
+    ESTIMATED_MEMORY_UTILISATION,
+    ESTIMATED_PACKED_COMPUTE_UTILISATION,
     PASS,
     SAMPLE,
     Calibration,
@@ -171,7 +174,9 @@ class CostModel:
 
     def matrix_rate(self, device: DeviceSpec) -> float:
         """Operations per second that operators without a curve are taken to reach."""
-        return self.peak(device) * self.calibration.compute_utilisation.get(device.name, ASSUMED_COMPUTE_UTILISATION)
+        packed = self.dtype in _RATES and device.basis == "estimated"
+        assumed = ESTIMATED_PACKED_COMPUTE_UTILISATION if packed else ASSUMED_COMPUTE_UTILISATION
+        return self.peak(device) * self.calibration.compute_utilisation.get(device.name, assumed)
 
     def peak_bandwidth(self, device: DeviceSpec) -> float:
         if not device.memory_bandwidth:
@@ -199,11 +204,16 @@ class CostModel:
         return self.bandwidth(device)
 
     def memory_utilisation(self, device: DeviceSpec) -> float:
-        return self.calibration.memory_utilisation.get(device.name, ASSUMED_MEMORY_UTILISATION)
+        estimated = device.basis == "estimated"
+        assumed = ESTIMATED_MEMORY_UTILISATION if estimated else ASSUMED_MEMORY_UTILISATION
+        return self.calibration.memory_utilisation.get(device.name, assumed)
 
     def launch_overhead(self, device: DeviceSpec) -> float:
         known = self.calibration.launch_overhead.get(device.name, device.launch_overhead)
-        return ASSUMED_LAUNCH_OVERHEAD.get(device.kind, 0.0) if known is None else known
+        if known is not None:
+            return known
+        assumed = ESTIMATED_LAUNCH_OVERHEAD if device.basis == "estimated" else ASSUMED_LAUNCH_OVERHEAD
+        return assumed.get(device.kind, 0.0)
 
     def basis(self, devices: set[str]) -> Literal["measured", "estimated", "mixed"]:
         """Measured only if both the devices' limits and the kernels' utilisation were."""

@@ -39,6 +39,7 @@ from ciuic_runtime.schedulers.graph import PHASES, Phase
 from ciuic_runtime.schedulers.memory import memory_need
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.schedule import Schedule
+from ciuic_runtime.schedulers.simulate import workload_steps
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Workload
 
@@ -235,6 +236,10 @@ class LLM:
         notes = [f"{d.name} is simulated" for d in self.topology.devices if d.simulated and d.name in self._backends]
         notes += [f"operator {r.name!r} replaces {r.replaces}" for r in self._setup.replaced.by_replaced.values()]
         return self._recorder.trace(self.schedule.devices_used(), notes)
+
+    def forecast_trace(self) -> Trace:
+        """What the schedule is forecast to do, pass by pass."""
+        return self._setup.recost(self.schedule, workload_steps(self.model.graph, self.schedule.workload))
 
     @property
     def comparison(self) -> Comparison:

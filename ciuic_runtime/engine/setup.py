@@ -12,6 +12,7 @@ from ciuic_runtime.devices.cpu import discover_cpus
 from ciuic_runtime.devices.errors import InvalidInput, OutOfMemory
 from ciuic_runtime.devices.manager import DeviceManager
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
+from ciuic_runtime.devices.threads import with_threads
 from ciuic_runtime.devices.units import format_bytes
 from ciuic_runtime.engine.config import RuntimeConfig
 from ciuic_runtime.engine.routing import read_routing
@@ -80,7 +81,7 @@ def set_up(
         )
     routing = read_routing(config.routing) if config.routing is not None else None
     model = Model(checkpoint.path, _format(config, schedule), spec, config.prefill_chunk, routing)
-    topology = _with_threads(_topology(devices, schedule), config.threads)
+    topology = with_threads(_topology(devices, schedule), config.threads)
     if schedule is not None:
         _check_not_decided_twice(config)
         if any(schedule.topology.device(name).kind == "DISK" for name in schedule.places_used()):
@@ -269,23 +270,3 @@ def _topology(devices: DeviceManager | Topology | None, schedule: Schedule | Non
 def _stands_in(device: DeviceSpec) -> bool:
     """Simulated devices, and further shares of the host (cpu:1)."""
     return device.kind in ("SIM", "CPU") and "/" not in device.name
-
-
-def _with_threads(topology: Topology, threads: int | None) -> Topology:
-    """CPU rates at the number of threads in use: bandwidth as measured with them, matrix rates in proportion."""
-    return replace(topology, devices=tuple(_at_threads(d, threads) for d in topology.devices))
-
-
-def _at_threads(device: DeviceSpec, threads: int | None) -> DeviceSpec:
-    if device.kind != "CPU" or not threads or not device.threads or threads >= device.threads:
-        return device
-    share = threads / device.threads
-    bandwidth = device.memory_bandwidth_by_threads.get(threads) or (device.memory_bandwidth or 0) * share or None
-    return replace(
-        device,
-        threads=threads,
-        memory_bandwidth=bandwidth,
-        matrix_rates={dtype: rate * share for dtype, rate in device.matrix_rates.items()},
-        matrix_vector_rates={dtype: rate * share for dtype, rate in device.matrix_vector_rates.items()},
-        basis="estimated",
-    )
