@@ -122,21 +122,22 @@ def _limits(device: DeviceSpec) -> DeviceSpec:
 def measured_part(spec: ModelSpec, format: str) -> ModelSpec:
     """The model itself, or as many of its layers (a dense one first, if it has such) and experts as are worth the time
     to make them."""
-    layers = spec.num_layers
-    while layers > 2 and build_graph(spec, format).nbytes > MODEL_BYTES:
-        layers -= 1
-        dense = spec.moe.first_dense if spec.moe else 0
-        moe = replace(spec.moe, first_dense=min(1, dense)) if spec.moe else None
-        spec = replace(spec, num_layers=layers, moe=moe)
-    while (
-        spec.moe
-        and spec.moe.num_experts > 4 * spec.moe.experts_per_token
-        and build_graph(spec, format).nbytes > MODEL_BYTES
-    ):
-        spec = replace(
-            spec, moe=replace(spec.moe, num_experts=spec.moe.num_experts // 2, num_groups=1, groups_per_token=1)
-        )
-    return spec
+    dense = min(1, spec.moe.first_dense) if spec.moe else 0
+    moe = replace(spec.moe, first_dense=dense) if spec.moe else None
+    some = replace(spec, num_layers=min(2, spec.num_layers), moe=moe)
+    while some.num_layers < spec.num_layers:
+        more = replace(some, num_layers=some.num_layers + 1)
+        if build_graph(more, format).nbytes > MODEL_BYTES:
+            break
+        some = more
+    else:
+        return spec
+    while some.moe and build_graph(some, format).nbytes > MODEL_BYTES:
+        half = some.moe.num_experts // 2
+        if half < 2 * some.moe.experts_per_token:
+            break
+        some = replace(some, moe=replace(some.moe, num_experts=half, num_groups=1, groups_per_token=1))
+    return some
 
 
 def _passes(spec: ModelSpec, contexts: Sequence[int], longest: int) -> list[Pass]:
@@ -279,7 +280,7 @@ class _Fit:
             [grows], [before] = (parts(task, (p.step,), 0.0)[1] for p in (one, base))
             if more > 0.02 * self.timed[one].median("attention"):
                 compute = (grows.flops - before.flops) / (more * self.peak)
-                memory = (grows.other - before.other or grows.other) / (more * self.bandwidth)
+                memory = grows.other * compute * self.peak / (grows.flops * self.bandwidth)  # the same time
                 points.append(Point(grows.rows, compute, memory, spread(self.timed[one].seconds["attention"])))
         if not points:
             return None

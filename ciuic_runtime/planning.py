@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from ciuic_runtime.curves import load_calibration
+from ciuic_runtime.curves import can_be_calibrated, is_calibrated, load_calibration
 from ciuic_runtime.devices.errors import OutOfMemory
 from ciuic_runtime.devices.manager import DeviceManager, measured_disk
 from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.devices.threads import with_threads
 from ciuic_runtime.model import Model
 from ciuic_runtime.schedulers.calibration import Calibration
+from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.scheduler import TaskScheduler
+from ciuic_runtime.schedulers.simulate import prefill_step
 from ciuic_runtime.schedulers.workload import Workload
 
 log = logging.getLogger("ciuic")
@@ -48,7 +51,8 @@ def plan(
     calibration = calibration or load_calibration(model, topology, kernels)
 
     def schedule(on: Topology) -> Schedule:
-        return _scheduler(on, memory, goal, workload, placement, calibration).schedule(model.graph)
+        found = _scheduler(on, memory, goal, workload, placement, calibration).schedule(model.graph)
+        return replace(found, notes=(*found.notes, *_basis_notes(found, model, calibration)))
 
     try:
         return schedule(topology)
@@ -65,6 +69,23 @@ def with_disk(topology: Topology, path: str | Path) -> Topology:
     cpus = [d.name for d in topology.by_kind("CPU")]
     disk, links = measured_disk(path, cpus, progress=lambda what: log.info("%s", what))
     return Topology((*topology.devices, disk), (*topology.links, *links))
+
+
+def _basis_notes(schedule: Schedule, model: Model, calibration: Calibration) -> list[str]:
+    """What the forecast does not rest on measurements of, and what would."""
+    notes = []
+    devices = [schedule.topology.device(name) for name in schedule.devices_used()]
+    if any(can_be_calibrated(d) and not is_calibrated(model, d, calibration) for d in devices):
+        notes.append(
+            f"how fast {model.spec.name}'s operators run here in {model.format} was not measured yet: "
+            f"`ciuic calibrate {model.source} --format {model.format}` does, in less than a minute"
+        )
+    cost = CostModel(schedule.topology, model.format, calibration, schedule.workload)
+    steps = (prefill_step(model.graph, schedule.workload, 0), schedule.workload.mean_decode)
+    beyond = {cost.outside(task, d, step): None for d in devices for task in model.graph for step in steps}
+    if said := [what for what in beyond if what]:
+        notes.append(f"outside of what was measured, where the nearest measured share is taken: {', '.join(said)}")
+    return notes
 
 
 def _scheduler(

@@ -48,12 +48,12 @@ class Limits:
 
     def on(self, spec: DeviceSpec) -> DeviceSpec:
         """The device with these rates; what was not measured stays as it was."""
-        known = {k: getattr(self, k) for k in _RATES if getattr(self, k)}
+        known = {k: getattr(self, k) for k in RATES if getattr(self, k)}
         basis = "measured" if self.measured else spec.basis
         return replace(spec, **known, facts={**spec.facts, **self.facts}, basis=basis)
 
 
-_RATES = (
+RATES = (
     "memory_bandwidth", "memory_bandwidth_by_threads", "bandwidth_by_access", "matrix_rates", "matrix_vector_rates",
     "launch_overhead", "matrix_launch_overhead", "threads",
 )  # fmt: skip

@@ -57,6 +57,8 @@ def _binding(decode: Trace, graph: TaskGraph, cost: CostModel, step: Step) -> st
             what = f"link {event.lane}"
         elif event.kind == "wait":
             what = f"reads from {disk}"
+        elif event.kind == "sample":
+            what = "overhead of the host"
         else:
             bound = cost.task(graph.by_name[event.task], cost.topology.device(event.lane), step).bound_by
             what = f"{bound} of {event.lane}"

@@ -185,6 +185,8 @@ class RepackingSource:
     @property
     def slower(self) -> str:
         path = self._checkpoint.path
+        if not self._checkpoint.files:
+            return ""  # made in memory: there is nothing to pack
         return (
             f"{path} is not packed: each page is gathered and packed anew whenever it is read; try: ciuic pack {path}"
         )
