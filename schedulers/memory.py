@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ciuic_runtime.schedulers.schedule import Schedule
 
 
+# Of a page's size, on a device that computes with pages stored elsewhere: one is computed with while the next arrives.
+STREAM_SLOTS = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
     """Bytes on one device."""
@@ -38,21 +42,49 @@ def capacity(device: DeviceSpec) -> int:
 
 
 def memory_need(schedule: Schedule, graph: TaskGraph, workload: Workload) -> dict[str, Need]:
-    """By device: every page once, the cache of the whole workload, and working memory where anything is computed."""
-    weights = dict.fromkeys(schedule.devices_used(), 0)
-    cache = dict.fromkeys(weights, 0.0)
-    paging = schedule.paging
+    """By device: every page once, where it is stored, and slots for those that come from elsewhere; the cache of the
+    whole workload, and working memory where anything is computed. What is on a disk takes no memory there."""
+    used, paging = schedule.devices_used(), schedule.paging
+    weights, cache = dict.fromkeys(used, 0), dict.fromkeys(used, 0.0)
     held = {(page.name, schedule.rows[row].home): page.nbytes for row, page in graph.rows.items()}
     for (_, device), nbytes in held.items():
-        if paging is None or device not in (paging.device, paging.disk):
+        if schedule.topology.device(device).kind != "DISK":
             weights[device] = weights.get(device, 0) + nbytes
     if paging is not None:
         weights[paging.device] = paging.cache_bytes
+    for device, nbytes in _largest_streamed(schedule, graph).items():
+        weights[device] += STREAM_SLOTS * nbytes
     for task in graph:
         if task.kv_bytes_per_token:
             cache[schedule.device_of(task.name)] += task.kv_bytes_per_token * workload.cache_tokens
     working = int(graph.working_bytes(workload.batch, workload.prompt_tokens, workload.context))
-    return {name: Need(nbytes, int(cache.get(name, 0)), working) for name, nbytes in weights.items()}
+    return {
+        name: Need(nbytes, int(cache.get(name, 0)), working if name in used else 0) for name, nbytes in weights.items()
+    }
+
+
+def can_stream(topology: Topology, home: str, device: str) -> bool:
+    """Whether weights stored at `home` can be brought to `device` in every pass: over a link that is declared or was
+    measured, or from the memory of a CPU or the disk of the device's own node, which are always joined to it."""
+    if any((link.src, link.dst) == (home, device) for link in topology.links):
+        return True
+    return topology.device(home).kind in ("CPU", "DISK") and node_of(home) == node_of(device)
+
+
+def node_of(device: str) -> str:
+    """node1/cuda:0 -> node1; "" for the only node."""
+    return device.rpartition("/")[0]
+
+
+def _largest_streamed(schedule: Schedule, graph: TaskGraph) -> dict[str, int]:
+    """By device: the largest page that is computed with there and comes from elsewhere, whole, without a cache."""
+    paged = (schedule.paging.device, schedule.paging.disk) if schedule.paging else None
+    largest: dict[str, int] = {}
+    for row, page in graph.rows.items():
+        device, home = schedule.rows[row].device, schedule.rows[row].home
+        if home != device and (device, home) != paged and not page.row_nbytes:
+            largest[device] = max(largest.get(device, 0), page.nbytes)
+    return largest
 
 
 def check_memory(schedule: Schedule, graph: TaskGraph, workload: Workload) -> None:
@@ -71,7 +103,8 @@ def check_memory(schedule: Schedule, graph: TaskGraph, workload: Workload) -> No
 
 def _check_paging(schedule: Schedule, paging: Paging, graph: TaskGraph, workload: Workload) -> None:
     """Raises OutOfMemory, with what would do, where not even one page at a time fits."""
-    largest = max(page.nbytes for page in graph.pages.values() if not page.row_nbytes)
+    mine = (page for row, page in graph.rows.items() if schedule.rows[row].device == paging.device)
+    largest = max((page.nbytes for page in mine if not page.row_nbytes), default=0)
     if paging.cache_bytes >= largest:
         return
     need, room = (

@@ -15,9 +15,10 @@ from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.devices.files import write_whole
 from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.devices.units import format_bytes
-from ciuic_runtime.schedulers import memory, schedule_json, schedule_text
+from ciuic_runtime.schedulers import memory, schedule_html, schedule_json, schedule_text
 from ciuic_runtime.schedulers.assignment import Assignment, Candidate, ModelSummary, Paging, Prediction
 from ciuic_runtime.schedulers.graph import Task, TaskGraph
+from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Goal, Workload
 
 
@@ -32,7 +33,7 @@ class Schedule:
     predicted: Prediction | None = None
     candidates: tuple[Candidate, ...] = ()
     notes: tuple[str, ...] = ()
-    paging: Paging | None = None  # None: every page stays where it is computed with
+    paging: Paging | None = None  # None: no CPU reads pages from a disk while it computes
 
     def __str__(self) -> str:
         return schedule_text.schedule_text(self)
@@ -96,10 +97,19 @@ class Schedule:
         if not spec.can_compute or not spec.usable:
             able, why = ", ".join(d.name for d in self.topology.compute_devices), spec.why_not_usable or spec.kind
             return f"placed on {device}, which cannot compute: {why}; devices that can: {able or 'none'}"
-        paged = self.paging is not None and (device, home) == (self.paging.device, self.paging.disk)
-        if home != device and not paged:
-            between = f"between {self.paging.disk} and {self.paging.device} only" if self.paging else "not planned here"
-            return f"stored on {home} and computed on {device}; paging is {between}, store it where it is computed"
+        if home == device:
+            return ""
+        stored, origin = f"stored on {home} and computed on {device}", self.topology.device(home)
+        if spec.kind == "CPU" and origin.kind == "DISK":
+            if self.paging is None:
+                return f"{stored}; paging is not planned here, store it where it is computed"
+            if (device, home) != (self.paging.device, self.paging.disk):
+                between = f"{self.paging.disk} and {self.paging.device}"
+                return f"{stored}; paging is between {between} only, store it where it is computed"
+        elif not origin.usable:
+            return f"{stored}; {home} cannot be used: {origin.why_not_usable or origin.kind}"
+        elif not memory.can_stream(self.topology, home, device):
+            return f"{stored}; no way from {home} is known: declare a link, or store it where it is computed"
         return ""
 
     def check_memory(self, graph: TaskGraph, workload: Workload | None = None) -> None:
@@ -133,6 +143,13 @@ class Schedule:
         if path is not None:
             write_whole(path, text + "\n")
         return text
+
+    def to_html(
+        self, path: str | Path, forecast: Trace | None = None, actual: Trace | None = None,
+        graph: TaskGraph | None = None,
+    ) -> None:  # fmt: skip
+        """One page that opens anywhere, with its traces as a chart; `graph` tells the KV cache from working memory."""
+        write_whole(path, schedule_html.schedule_html(self, forecast, actual, graph).encode("utf-8", "replace"))
 
     @staticmethod
     def from_dict(data: Any, source: str = "the schedule") -> Schedule:
