@@ -227,7 +227,7 @@ class _Fit:
                 scores = self._scores(task, passes)
                 yield from filter(None, (scores,))
                 yield from self._curve(task, [p for p in passes if self._is_short(p)], scores)
-        between = statistics.median(t for timed in self.timed.values() for t in timed.between)
+        between = statistics.median(next(t for p, t in self.timed.items() if p.phase == "decode").between)
         yield self._of(PASS, 0.0, between, ())
         logits = self.graph.tasks[-1].output_bytes_per_token
         points = tuple(Point(n, 0.0, logits * n / (s * self.bandwidth)) for n, s in sorted(self.sampled.items()))

@@ -54,6 +54,8 @@ def plan(
         found = _scheduler(on, memory, goal, workload, placement, calibration).schedule(model.graph)
         return replace(found, notes=(*found.notes, *_basis_notes(found, model, calibration)))
 
+    if disk is not None and placement and any(rule.store for rule in placement.rules):
+        topology = with_disk(topology, disk)
     try:
         return schedule(topology)
     except OutOfMemory:

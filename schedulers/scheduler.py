@@ -18,6 +18,9 @@ from ciuic_runtime.schedulers.graph import Layer, Task, TaskGraph
 from ciuic_runtime.schedulers.memory import capacity, limit_memory
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.policies.paged import paged_on
+from ciuic_runtime.schedulers.policies.pipeline import pipeline_latency, pipeline_throughput
+from ciuic_runtime.schedulers.policies.popularity import experts_by_popularity
+from ciuic_runtime.schedulers.policies.tiering import tiering
 from ciuic_runtime.schedulers.policies.trivial import all_on, by_speed, fastest_first, split_by_speed
 from ciuic_runtime.schedulers.predict import predict
 from ciuic_runtime.schedulers.schedule import Schedule
@@ -25,6 +28,12 @@ from ciuic_runtime.schedulers.workload import Goal, Workload, parse_goal
 
 Policy = Callable[[TaskGraph, Topology, CostModel], Schedule]
 _registered: dict[str, Policy] = {}
+CORE: dict[str, Policy] = {
+    "pipeline for latency": pipeline_latency,
+    "pipeline for throughput": pipeline_throughput,
+    "experts by popularity": experts_by_popularity,
+    "tiering": tiering,
+}
 PAGED_FORMATS = ("int4", "int8", "bfloat16")  # whose pages are the same on disk as in memory
 
 
@@ -32,7 +41,7 @@ def policy(name: str) -> Callable[[Policy], Policy]:
     """Decorator: the function joins the planner's candidates under this name.
 
     The user's rules are laid over what it returns; if it raises, it is a candidate that is not feasible."""
-    if name in ("fastest first", "split by speed", "by hand") or name.startswith("all on "):
+    if name in ("fastest first", "split by speed", "by hand", *CORE) or name.startswith("all on "):
         raise InvalidInput(f"policy {name!r}: that is the name of a built-in plan; choose another one")
 
     def register(function: Policy) -> Policy:
@@ -107,9 +116,11 @@ class TaskScheduler:
         goal, topology = parse_goal(self.goal), self._budgeted()
         cost = CostModel(topology, graph.format, self.calibration, self.workload)
         fixed = {**self.placement.resolve(graph, topology, self.workload), **self._exact}
-        scored, broken = _score_all(graph, topology, cost, fixed)
+        homes = {r: h for r, h in self.placement.homes(graph, topology).items() if r not in self._exact}
+        scored, broken = ([], []) if homes else _score_all(graph, topology, cost, fixed)
         if all(one.why_not for one in scored):
-            scored += [_score(s, graph, cost, trivial=True) for s in _paged(graph, topology, cost, fixed, self.memory)]
+            paged = _paged(graph, topology, cost, fixed, homes, self.memory)
+            scored += [_score(schedule, graph, cost, trivial=True) for schedule in paged]
         chosen = _choose(scored, broken, goal, self.calibration.model_error)
         return replace(chosen, notes=(*_caveats(graph, self.workload, self.placement), *chosen.notes))
 
@@ -147,22 +158,22 @@ def _score_all(
         plans["fastest first"] = partial(fastest_first, fixed=fixed)
         plans["split by speed"] = partial(split_by_speed, fixed=fixed)
     by_hand = fixed.keys() == graph.rows.keys()
-    scored: dict[tuple[str, ...], _Scored] = {}
+    core = {name: partial(plan, fixed=fixed) for name, plan in CORE.items() if len(topology.compute_devices) > 1}
+    scored: dict[tuple[tuple[str, str], ...], _Scored] = {}
     broken: list[Candidate] = []
-    for name, plan in {**plans, **({} if by_hand else _registered)}.items():
+    for name, plan in {**plans, **({} if by_hand else {**core, **_registered})}.items():
         label = "by hand" if by_hand else f"{name}, rules applied" if fixed else name
         try:
             schedule = plan(graph, topology, cost)
-            if name not in plans:
+            if name in _registered:
                 schedule = _with_rules(schedule, graph, topology, cost, fixed)
         except Exception as error:
             # A user's policy may raise anything; it must not take the other candidates with it.
-            if name in plans:
+            if name not in _registered and not (name in CORE and isinstance(error, OutOfMemory)):
                 raise
-            reason = str(error) if isinstance(error, CiuicError) else f"{type(error).__name__}: {error}"
-            broken.append(Candidate(label, False, why_not=f"the policy failed: {' '.join(reason.split())}"))
+            broken.append(Candidate(label, False, why_not=_why_none(error, name)))
             continue
-        key = tuple(row.device for row in schedule.assignments)
+        key = tuple((row.device, row.home) for row in schedule.assignments)
         if key not in scored:
             scored[key] = _score(replace(schedule, policy=label), graph, cost, trivial=name in plans)
         elif name in _registered:
@@ -171,18 +182,33 @@ def _score_all(
     return list(scored.values()), broken
 
 
+def _why_none(error: Exception, name: str) -> str:
+    if name in CORE:
+        return str(error)
+    reason = str(error) if isinstance(error, CiuicError) else f"{type(error).__name__}: {error}"
+    return f"the policy failed: {' '.join(reason.split())}"
+
+
 def _paged(
-    graph: TaskGraph, topology: Topology, cost: CostModel, fixed: Fixed, memory: Mapping[str, str | int]
-) -> list[Schedule]:
-    """Plans that read pages from disk while they run, for want of memory."""
-    disks, cpus = topology.by_kind("DISK"), [d for d in topology.by_kind("CPU") if d.usable]
-    if not disks or graph.format not in PAGED_FORMATS:
-        return []
-    return [
-        paged_on(graph, topology, cost, fixed, device=cpu.name, disk=disks[0].name, budgeted=cpu.name in memory)
-        for cpu in cpus
-        if set(fixed.values()) <= {cpu.name}
-    ]
+    graph: TaskGraph, topology: Topology, cost: CostModel, fixed: Fixed, homes: Fixed,
+    memory: Mapping[str, str | int],
+) -> list[Schedule]:  # fmt: skip
+    """Plans that read pages from disk while they run, for want of memory, or since rules have them stored there
+    (`homes`)."""
+    disks, cpus = topology.by_kind("DISK"), [d.name for d in topology.by_kind("CPU") if d.usable]
+    disk = next(iter(homes.values()), disks[0].name if disks else "")
+    able = [cpu for cpu in cpus if disk and graph.format in PAGED_FORMATS and set(fixed.values()) <= {cpu}]
+    plans = []
+    for cpu in able:
+        given = cpu in memory
+        plans.append(paged_on(graph, topology, cost, fixed, device=cpu, disk=disk, budgeted=given, stored=homes))
+    if homes and not plans:
+        raise InvalidInput(
+            f"rules store {next(iter(homes))} and others on {next(iter(homes.values()))}; pages are read from a disk "
+            f"while one CPU computes everything, in {', '.join(PAGED_FORMATS)}: compute all of it on one CPU, in one "
+            "of these formats, or store it where it is computed"
+        )
+    return plans
 
 
 def _with_rules(schedule: object, graph: TaskGraph, topology: Topology, cost: CostModel, fixed: Fixed) -> Schedule:
@@ -200,7 +226,16 @@ def _score(schedule: Schedule, graph: TaskGraph, cost: CostModel, trivial: bool)
         schedule.check_memory(graph)
     except OutOfMemory as error:
         why_not = str(error)
-    return _Scored(schedule, predict(schedule, graph, cost), trivial, why_not)
+    return _Scored(schedule, predict(schedule, graph, cost), trivial, why_not or _why_not_run(schedule))
+
+
+def _why_not_run(schedule: Schedule) -> str:
+    """What no executor of this version carries out; "" for what can be run."""
+    streamed = next((row for row in schedule.assignments if row.home != row.device), None)
+    if streamed is None or (schedule.paging and schedule.devices_used() == (schedule.paging.device,)):
+        return ""
+    way = f"{streamed.home} to {streamed.device}"
+    return f"it streams weights from {way} in every pass, which this version plans and simulates but does not run"
 
 
 def _nothing_fits(scored: Sequence[_Scored]) -> str:

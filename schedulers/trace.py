@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,7 @@ from ciuic_runtime.schedulers.graph import Phase, Step, task_kind
 if TYPE_CHECKING:
     from ciuic_runtime.schedulers.schedule import Schedule
 
-EventKind = Literal["compute", "copy", "sample", "wait", "read"]  # wait: for a page; read: of one from disk
+EventKind = Literal["compute", "copy", "sample", "wait", "read"]  # wait: for a page; read: of one stored elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class Trace:
     source: Literal["simulated", "measured"]
     devices: tuple[str, ...] = ()  # lanes of compute, in order
     notes: tuple[str, ...] = ()  # "sim:0 is simulated"
+    outcome: str = ""  # what did not come to its end, and for lack of what
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)  # by device: held at most, where that was simulated
 
     @property
     def lanes(self) -> tuple[str, ...]:

@@ -293,7 +293,7 @@ class _Run:
         """A router has chosen: ids [tokens, k]."""
         if i.routes is not None:
             i.routes.ask(ids)
-        self.x.touched.append(ids.shape[1] if len(ids) == 1 else len(set(ids.flatten().tolist())))
+        self.x.touched.append(ids.shape[1] if len(ids) == 1 else int(torch.bincount(ids.flatten()).count_nonzero()))
         if self.x.on_routing is not None:
             assert i.task.layer is not None
             self.x.on_routing(i.task.layer, ids)

@@ -20,9 +20,10 @@ LEFT_FREE = 1 / 16  # of the memory, where the user named no budget: for the int
 
 def paged_on(
     graph: TaskGraph, topology: Topology, cost: CostModel, fixed: Fixed = NOTHING, *, device: str, disk: str,
-    budgeted: bool = True,
+    budgeted: bool = True, stored: Fixed = NOTHING,
 ) -> Schedule:  # fmt: skip
-    """`budgeted`: the device's memory is what the user allows, all of which can be used."""
+    """`budgeted`: the device's memory is what the user allows, all of which can be used. `stored`: rows that the user's
+    rules have on the disk, whether there is room or not."""
     work, spec = cost.workload, topology.device(device)
     room = capacity(spec) if budgeted else int(capacity(spec) * (1 - LEFT_FREE))
     other = graph.working_bytes(work.batch, work.prompt_tokens, work.context)
@@ -30,7 +31,7 @@ def paged_on(
     cache_bytes = max(0, min(int(room - other), graph.nbytes))
     left, stays = cache_bytes, set()
     for task in graph:
-        for page in () if task.num_experts else task.pages:
+        for page in () if task.num_experts or task.name in stored else task.pages:
             if page.name not in stays and not page.row_nbytes and page.nbytes <= left:
                 left -= page.nbytes
                 stays.add(page.name)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.devices.manager import DeviceManager
-from ciuic_runtime.devices.spec import DeviceSpec, Link, Topology
+from ciuic_runtime.devices.spec import DeviceSpec, Domain, Link, Topology
 from ciuic_runtime.devices.toml import topology_from_toml, topology_to_toml
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -58,8 +58,15 @@ def topologies(draw: st.DrawFn) -> Topology:
     ways = [(a.name, b.name) for a in found for b in found if a is not b]
     chosen = draw(st.lists(st.sampled_from(ways), unique=True, max_size=4)) if ways else []
     bases = st.sampled_from(["measured", "estimated", "unknown"])
-    links = tuple(Link(a, b, draw(rates), draw(st.floats(0, 1)), draw(bases)) for a, b in chosen)
-    return Topology(tuple(found), links)
+    shared = st.text("abcdefgh .:-", min_size=1, max_size=9).filter(lambda name: name == name.strip())
+    known = draw(st.lists(shared, unique=True, max_size=3))
+    domains = tuple(Domain(name, draw(rates), draw(bases)) for name in known)
+    through = st.lists(st.sampled_from(known), unique=True).map(tuple) if known else st.just(())
+    sizes = st.dictionaries(st.integers(1, 10**12), rates, max_size=3)
+    links = tuple(
+        Link(a, b, draw(rates), draw(st.floats(0, 1)), draw(bases), draw(through), draw(sizes)) for a, b in chosen
+    )
+    return Topology(tuple(found), links, domains)
 
 
 @settings(deadline=None, max_examples=40)
@@ -104,6 +111,25 @@ bandwidth = 25e9
     assert (sim.memory_bytes, sim.simulated, sim.basis) == (3 << 29, True, "measured")
     assert read(text).links == (Link("cpu", "sim:0", 25e9, 0.0, "estimated"),)
     assert read(CPU_TABLE).devices[0].basis == "unknown"
+
+
+def test_a_link_through_a_domain() -> None:
+    line = 'domains = ["pcie0"]\nbandwidth_by_size = { 4096 = 1e8, 1048576 = 1_000_000_000 }\n'
+    topology = read(TWO + LINK + line + DOMAIN)
+    assert topology.domains == (Domain("pcie0", 25e9, "estimated"),)
+    [link] = topology.links
+    assert (link.domains, dict(link.bandwidth_by_size)) == (("pcie0",), {4096: 1e8, 1 << 20: 1e9})
+    assert topology.only(["cpu", "sim:0"]) == topology
+    assert topology.only(["cpu"]).domains == ()
+
+
+def test_bandwidth_by_size_is_held_at_the_ends_and_straight_in_log_space_between() -> None:
+    link = Link("cpu", "sim:0", 7e9, 1e-5, bandwidth_by_size={1 << 20: 4e9, 1 << 10: 1e9})
+    assert [link.bandwidth_at(n) for n in (0, 1, 1 << 10, 1 << 20, 1 << 40)] == [1e9, 1e9, 1e9, 4e9, 4e9]
+    assert link.bandwidth_at(1 << 15) == pytest.approx(2e9, rel=1e-12)
+    assert link.transfer_time(1 << 15) == pytest.approx(1e-5 + (1 << 15) / 2e9, rel=1e-12)
+    assert Link("cpu", "sim:0", 7e9, 1e-5).transfer_time(7e9) == 1 + 1e-5
+    assert link.transfer_time(0) == 1e-5
 
 
 @pytest.mark.parametrize(
@@ -163,6 +189,7 @@ def test_bad_sizes_are_named(size: str) -> None:
 
 
 LINK = '[[link]]\nsrc = "cpu"\ndst = "sim:0"\nbandwidth = 1e9\n'
+DOMAIN = '[[domain]]\nname = "pcie0"\nbandwidth = 25e9\n'
 TWO = CPU_TABLE + CPU_TABLE.replace('"cpu"', '"sim:0"').replace('"CPU"', '"SIM"')
 
 
@@ -172,7 +199,7 @@ TWO = CPU_TABLE + CPU_TABLE.replace('"cpu"', '"sim:0"').replace('"CPU"', '"SIM"'
         ("", "rig.toml declares no devices"),
         ("device = 3", "device is not a list of tables; write [[device]]"),
         ("[device]\nname = 'cpu'", "device is not a list of tables"),
-        ("[[devices]]\nname = 'cpu'", "unknown key 'devices'; allowed: device, link"),
+        ("[[devices]]\nname = 'cpu'", "unknown key 'devices'; allowed: device, link, domain"),
         ("this is not toml", "rig.toml is not TOML: "),
         (CPU_TABLE + CPU_TABLE, "rig.toml: device cpu is declared twice"),
         (CPU_TABLE.replace('name = "cpu"\n', ""), "device 1: name is missing"),
@@ -188,6 +215,35 @@ TWO = CPU_TABLE + CPU_TABLE.replace('"cpu"', '"sim:0"').replace('"CPU"', '"SIM"'
         (TWO + LINK.replace("bandwidth = 1e9", ""), "link 1: bandwidth is missing"),
         (TWO + LINK.replace("1e9", "-1e9"), "link 1: bandwidth is -1000000000.0; allowed"),
         (TWO + LINK + "latency = nan", "link 1: latency is nan; allowed: a number of seconds from 0 to 60"),
+        (TWO + LINK + 'domains = "pcie0"', "link 1: domains is 'pcie0'; allowed: a list of names of [[domain]] tables"),
+        (TWO + LINK + "domains = [1]", "link 1: domains is [1]; allowed: a list of names of [[domain]] tables"),
+        (
+            TWO + LINK + 'domains = ["pcie0"]',
+            "rig.toml: link cpu -> sim:0 runs through unknown domain pcie0; declare it in a [[domain]] with name and "
+            "bandwidth (there are: none)",
+        ),
+        (TWO + LINK + 'domains = ["nic"]\n' + DOMAIN, "unknown domain nic; declare it in a [[domain]] with name and"),
+        (
+            TWO + LINK + 'domains = ["pcie0", "pcie0"]\n' + DOMAIN,
+            "link cpu -> sim:0 names a domain twice (pcie0, pcie0)",
+        ),
+        (TWO + DOMAIN + DOMAIN, "rig.toml: domain pcie0 is declared twice"),
+        (TWO + DOMAIN.replace("25e9", "-25e9"), "domain 1 (pcie0): bandwidth is -25000000000.0; allowed: a number of"),
+        (TWO + DOMAIN.replace("25e9", "0"), "domain 1 (pcie0): bandwidth is 0; allowed: a number of bytes/s from 1000"),
+        (TWO + DOMAIN.replace("25e9", "nan"), "domain 1 (pcie0): bandwidth is nan; allowed: a number of bytes/s"),
+        (TWO + DOMAIN.replace("25e9", "1e16"), "domain 1 (pcie0): bandwidth is 1e+16; allowed: a number of bytes/s"),
+        (TWO + DOMAIN.replace("bandwidth = 25e9", ""), "domain 1 (pcie0): bandwidth is missing; allowed: a number of"),
+        (TWO + DOMAIN.replace('name = "pcie0"', ""), "domain 1: name is missing; allowed: a name such as"),
+        (TWO + DOMAIN.replace('"pcie0"', '" "'), "domain 1 ( ): name is ' '; allowed: a name such as"),
+        (TWO + DOMAIN + "latency = 1", "domain 1 (pcie0): unknown key 'latency'; allowed: name, bandwidth, basis"),
+        ("domain = 3\n" + TWO, "domain is not a list of tables; write [[domain]] above each one"),
+        (
+            TWO + LINK + "bandwidth_by_size = { 0 = 1e9 }",
+            "bandwidth_by_size is {'0': 1000000000.0}; allowed: a table of",
+        ),
+        (TWO + LINK + "bandwidth_by_size = { 4096 = -1 }", "bandwidth_by_size is {'4096': -1}; allowed: a table of"),
+        (TWO + LINK + "bandwidth_by_size = { 4096 = nan }", "bandwidth_by_size is {'4096': nan}; allowed: a table of"),
+        (TWO + LINK + "bandwidth_by_size = 1e9", "bandwidth_by_size is 1000000000.0; allowed: a table of bytes per"),
         (TWO + LINK + "delay = 1", "link 1: unknown key 'delay'; allowed: src, dst, bandwidth, latency, basis"),
     ],
 )

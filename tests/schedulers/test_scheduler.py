@@ -234,7 +234,7 @@ def test_the_fastest_trivial_plan_is_chosen() -> None:
 
 
 def test_equal_plans_are_one_candidate() -> None:
-    """With room for all on the GPU, "fastest first" is "all on cuda:0"."""
+    """With room for all on the GPU, "fastest first" is "all on cuda:0", and so is what the policies make."""
     assert [c.name for c in planner().schedule(MODEL).candidates] == ["all on cuda:0", "all on cpu", "split by speed"]
     assert [c.name for c in planner(machine(device("cpu"))).schedule(MODEL).candidates] == ["all on cpu"]
 
@@ -276,6 +276,12 @@ def experts_on_cpu(graph: TaskGraph, topology: Topology, cost: CostModel) -> Sch
 
 
 @pytest.fixture
+def only_trivial_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides the user's policy."""
+    monkeypatch.setattr(scheduler_module, "CORE", {})
+
+
+@pytest.fixture
 def tight() -> Topology:
     """Room for all but some experts on the GPU, and links that cost nothing to speak of."""
     links = (Link("cpu", "cuda:0", 1e12), Link("cuda:0", "cpu", 1e12))
@@ -283,6 +289,7 @@ def tight() -> Topology:
     return machine(device("cpu"), device("cuda:0", bandwidth=1e11, rate=1e13, memory=memory), links=links)
 
 
+@pytest.mark.usefixtures("only_trivial_plans")
 def test_a_policy_that_wins_by_more_than_the_error_is_chosen(tight: Topology) -> None:
     policy("mine")(experts_on_cpu)
     schedule = planner(tight, calibration=Calibration(model_error=0.01)).schedule(MODEL)
@@ -293,6 +300,7 @@ def test_a_policy_that_wins_by_more_than_the_error_is_chosen(tight: Topology) ->
     assert planner(tight).schedule(MODEL).policy == "fastest first"
 
 
+@pytest.mark.usefixtures("only_trivial_plans")
 def test_a_gain_inside_the_error_is_no_reason(tight: Topology) -> None:
     policy("mine")(experts_on_cpu)
     schedule = planner(tight, calibration=Calibration(model_error=5.0)).schedule(MODEL)
@@ -305,6 +313,7 @@ def test_a_gain_inside_the_error_is_no_reason(tight: Topology) -> None:
     assert mine.why_not.endswith("faster, within the model's error")
 
 
+@pytest.mark.usefixtures("only_trivial_plans")
 def test_rules_are_laid_over_a_policy(tight: Topology) -> None:
     policy("mine")(experts_on_cpu)
     placement = Placement().put("layers.1.experts.3", "cuda:0")
@@ -369,6 +378,7 @@ def test_a_policy_that_does_not_fit_is_infeasible() -> None:
     assert "on cuda:0, where" in mine.why_not
 
 
+@pytest.mark.usefixtures("only_trivial_plans")
 def test_a_policy_can_be_the_only_plan_that_fits() -> None:
     """Neither device holds the model, and cut by layers it does not fit either; by experts it does."""
     experts = sum(t.nbytes for t in MODEL if t.num_experts)
@@ -383,7 +393,40 @@ def test_a_policy_can_be_the_only_plan_that_fits() -> None:
     assert planner(topology).schedule(MODEL).policy == "mine"
 
 
-@pytest.mark.parametrize("name", ["fastest first", "split by speed", "by hand", "all on cpu"])
+def test_the_policies_join_in_where_trivial_plans_do_badly(tight: Topology) -> None:
+    """Some experts do not fit on the GPU: a few of the others' tasks on the CPU cost less than whole layers there."""
+    schedule = planner(tight, calibration=Calibration(model_error=0.01)).schedule(MODEL)
+    assert schedule.policy == "experts by popularity"
+    names = {c.name: c for c in schedule.candidates}
+    assert {"tiering", "fastest first"} <= names.keys()
+    assert all(c.decode_tokens_per_s for c in names.values() if c.feasible)
+
+
+def test_what_streams_is_a_candidate_that_cannot_be_run() -> None:
+    work = MODEL.working_bytes(1, 20, 30)
+    gpu = device("cuda:0", memory=int(work + 0.5 * MODEL.nbytes), bandwidth=1e12, rate=1e14)
+    topology = machine(device("cpu", bandwidth=1e8, rate=1e9), gpu, links=(Link("cpu", "cuda:0", 1e11),))
+    schedule = planner(topology, calibration=Calibration(model_error=0.0)).schedule(MODEL)
+    tiered = next(c for c in schedule.candidates if c.name == "tiering")
+    assert not tiered.feasible
+    assert "streams weights from cpu to cuda:0" in tiered.why_not
+    assert all(row.home == row.device for row in schedule.assignments)
+
+
+def test_rules_may_store_pages_on_a_disk() -> None:
+    topology = Topology((device("cpu"), DISK))
+    placement = Placement().put("layers.0.mlp", "cpu", store="disk")
+    schedule = planner(topology, placement=placement).schedule(MODEL)
+    assert schedule.paging is not None
+    stored = {row.task for row in schedule.assignments if row.home == "disk"}
+    assert "layers.0.mlp" in stored
+    assert "layers.0.attention" not in stored
+    schedule.check_memory(MODEL)
+    with pytest.raises(InvalidInput, match=r"rules store layers.0.mlp and others on disk; pages are read .* one CPU"):
+        planner(topology, placement=placement).schedule(replace(MODEL, format="float32"))
+
+
+@pytest.mark.parametrize("name", ["fastest first", "split by speed", "by hand", "all on cpu", "tiering"])
 def test_names_of_trivial_plans_are_taken(name: str) -> None:
     with pytest.raises(InvalidInput, match="that is the name of a built-in plan"):
         policy(name)
