@@ -166,7 +166,7 @@ def plan(
         if trace:
             forecast.to_chrome_trace(trace)
         if html:
-            schedule.to_html(html, forecast)
+            schedule.to_html(html, forecast, graph=known.graph)
     _result(as_json, schedule.to_dict(), lambda: str(schedule))
 
 
@@ -249,7 +249,7 @@ def run(
         if trace:
             llm.trace.to_chrome_trace(trace)
         if html:
-            llm.schedule.to_html(html, llm.forecast_trace(), llm.trace)
+            llm.schedule.to_html(html, llm.forecast_trace(), llm.trace, llm.model.graph)
         if as_json:
             _print_json(report)
         else:
@@ -402,7 +402,7 @@ def bench(
         for one in found.rounds:
             remember(record_of(llm, one.trace, one.comparison))
         if html:
-            llm.schedule.to_html(html, llm.forecast_trace(), found.median.trace)
+            llm.schedule.to_html(html, llm.forecast_trace(), found.median.trace, llm.model.graph)
         document = bench_report(llm, found)
         _result(as_json, document, lambda: bench_summary(llm, found))
 

@@ -80,7 +80,7 @@ class Link:
         if left == right:
             return high
         share = math.log(nbytes / sizes[left]) / math.log(sizes[right] / sizes[left])
-        return low * (high / low) ** share
+        return low * math.pow(high / low, share)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
-"""A topology as a TOML file: one [[device]] per device, one [[link]] per link, keys named as in DeviceSpec and Link.
+"""A topology as a TOML file: a [[device]] for each device, a [[link]] for each link and a [[domain]] for what links
+share, with keys named as in DeviceSpec, Link and Domain.
 Knows what is allowed in each key; anything else is one line that names the file, the key and what would do.
 
 `catalogue = "RTX 4090"` in a [[device]], or `catalogue = "pcie4-x16"` in a [[link]], takes from `catalogue.py` whatever

@@ -162,18 +162,22 @@ class _Program:
 
     def whole(self, sizes: Sequence[int], bound: float) -> Tiering | None:
         """Of the x that reach the bound, that with the least sum of loads, each number rounded up or down; further off
-        only where none of those fit. None where no whole pages do."""
+        only where that does not fit, or takes longer by more than one page. None where no whole pages fit."""
         relaxed = self._minimise(sizes, 0.0, 1.0, limit=bound * (1 + 1e-9)) or self._minimise(sizes, 1.0, 0.0)
         assert relaxed is not None, f"slots of {sizes}: {bound} was reached before"
+        best: Tiering | None = None
         for off in (0.0, 1.0, math.inf):
             box = np.floor(relaxed[1] + EVEN) - off, np.ceil(relaxed[1] - EVEN) + off
             found = self._minimise(sizes, 1.0, EVEN, box=box)
-            if found is None:
+            counts = np.rint(found[1]) if found else relaxed[1]
+            if found is None or (self.held @ counts.ravel() > self._free(sizes)).any():
                 continue
-            counts = np.rint(found[1])
-            if (self.held @ counts.ravel() <= self._free(sizes)).all():
-                return Tiering(bound, float((self.loads @ counts.ravel()).max()), counts, relaxed[1])
-        return None
+            seconds = float((self.loads @ counts.ravel()).max())
+            if best is None or seconds < best.seconds:
+                best = Tiering(bound, seconds, counts, relaxed[1])
+            if best.seconds <= bound + self.loads.max():
+                break
+        return best
 
     def _free(self, sizes: Sequence[int]) -> Array:
         free: Array = self.room - self.slots * np.array(sizes, dtype=int)

@@ -280,7 +280,8 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert f"({lack} bytes) more on {name}" in str(error.value)
 
     def larger(more: int) -> Topology:
-        grown = [device(d.name, capacity(d) + more * (d.name == name), d.memory_bandwidth or 0) for d in topology.devices]
+        rooms = {d.name: capacity(d) + (more if d.name == name else 0) for d in topology.devices}
+        grown = [device(d.name, rooms[d.name], d.memory_bandwidth or 0) for d in topology.devices]
         return machine(*grown, links=topology.links)
 
     pipeline_throughput(DENSE_MODEL, larger(lack), cost).check_memory(DENSE_MODEL)
