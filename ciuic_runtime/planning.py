@@ -19,7 +19,7 @@ from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.scheduler import TaskScheduler
-from ciuic_runtime.schedulers.simulate import prefill_step
+from ciuic_runtime.schedulers.steps import prefill_step
 from ciuic_runtime.schedulers.workload import Workload
 
 log = logging.getLogger("ciuic")

@@ -8,7 +8,8 @@ from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import Step, TaskGraph
 from ciuic_runtime.schedulers.memory import memory_need
 from ciuic_runtime.schedulers.schedule import Schedule
-from ciuic_runtime.schedulers.simulate import num_prefill_steps, prefill_step, simulate
+from ciuic_runtime.schedulers.simulate import simulate
+from ciuic_runtime.schedulers.steps import num_prefill_steps, prefill_step
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Workload
 

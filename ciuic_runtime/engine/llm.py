@@ -39,7 +39,7 @@ from ciuic_runtime.schedulers.graph import PHASES, Phase
 from ciuic_runtime.schedulers.memory import memory_need
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.schedule import Schedule
-from ciuic_runtime.schedulers.simulate import workload_steps
+from ciuic_runtime.schedulers.steps import workload_steps
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Workload
 

@@ -21,13 +21,9 @@ from ciuic_runtime.schedulers.draft import ScheduleDraft, schedule_of
 from ciuic_runtime.schedulers.graph import Page, Step, Task, TaskGraph, Work
 from ciuic_runtime.schedulers.predict import predict
 from ciuic_runtime.schedulers.schedule import Schedule
-from ciuic_runtime.schedulers.simulate import (
-    micro_steps,
-    simulate,
-    simulate_pipeline,
-    simulate_requests,
-    workload_steps,
-)
+from ciuic_runtime.schedulers.simulate import micro_steps, simulate, simulate_pipeline
+from ciuic_runtime.schedulers.simulate_requests import simulate_requests
+from ciuic_runtime.schedulers.steps import workload_steps
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import CACHE_BLOCK_TOKENS, Workload
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from machines import DENSE, DISK, GIB, MOE, device, machine, model, random_machine, random_model
 
-from ciuic_runtime.devices.errors import OutOfMemory
+from ciuic_runtime.devices.errors import InvalidInput, OutOfMemory
 from ciuic_runtime.devices.spec import Link, Topology
+from ciuic_runtime.schedulers.assignment import Paging
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import TaskGraph
 from ciuic_runtime.schedulers.memory import STREAM_SLOTS, capacity, memory_need
@@ -28,10 +29,12 @@ from ciuic_runtime.schedulers.policies.tiering import (
     tiering,
     tiering_bound,
 )
+from ciuic_runtime.schedulers.policies.trivial import all_on
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.workload import Workload
 
 WORK = Workload(20, 10)
+BIG = model(MOE, num_hidden_layers=6, n_routed_experts=16, moe_intermediate_size=64)
 SOLVER = 1e-6  # relative, what a bound may be off
 
 
@@ -180,6 +183,56 @@ def test_more_memory_makes_the_bound_no_worse_and_whole_pages_by_no_more_than_on
             before = bound
 
 
+# Where weights may be stored
+
+
+def stored(computes: str, home: str, paging: Paging | None = None) -> Schedule:
+    """The head of a model is computed on `computes` and stored at `home`, everything else is on the CPU."""
+    names = ("cpu", "cuda:0", "node1/cpu", "node1/cuda:0", "node1/cuda:1")
+    devices = [device(name) for name in names] + [device("sim:0", usable=False, why_not_usable="not asked for")]
+    topology = machine(*devices, DISK, links=(Link("node1/cuda:0", "node1/cuda:1", 1e11),))
+    schedule = all_on(BIG, topology, CostModel(topology, workload=WORK), device="cpu")
+    rows = tuple(replace(r, device=computes, home=home) if r.task == "head" else r for r in schedule.assignments)
+    return replace(schedule, assignments=rows, paging=paging)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (("cuda:0", "cpu"), ""),
+        (("cuda:0", "disk"), ""),  # a GPU streams from a disk without a cache
+        (("node1/cuda:1", "node1/cuda:0"), ""),  # by the declared link
+        (("cpu", "disk"), "head is stored on disk and computed on cpu; paging is not planned here"),
+        (
+            ("cpu", "cuda:0"),
+            "head is stored on cuda:0 and computed on cpu; no way from cuda:0 is known: declare a link",
+        ),
+        (("cuda:0", "node1/cpu"), "no way from node1/cpu is known"),
+        (("node1/cuda:0", "node1/cuda:1"), "no way from node1/cuda:1 is known"),
+        (("cuda:0", "sim:0"), "head is stored on sim:0 and computed on cuda:0; sim:0 cannot be used: not asked for"),
+    ],
+)
+def test_weights_are_stored_where_there_is_a_way_from(where: tuple[str, str], message: str) -> None:
+    if not message:
+        stored(*where).validate(BIG)
+        return
+    with pytest.raises(InvalidInput, match=message):
+        stored(*where).validate(BIG)
+
+
+def test_a_cpu_reads_from_a_disk_through_a_cache() -> None:
+    stored("cpu", "disk", Paging("cpu", "disk", BIG.nbytes)).validate(BIG)
+    with pytest.raises(InvalidInput, match="paging is between disk and node1/cpu only"):
+        stored("cpu", "disk", Paging("node1/cpu", "disk", BIG.nbytes)).validate(BIG)
+
+
+def test_what_is_on_a_disk_takes_no_memory_but_its_slots() -> None:
+    need = memory_need(stored("cuda:0", "disk"), BIG, WORK)
+    assert need.keys() == {"cpu", "cuda:0"}
+    assert need["cuda:0"].weights == STREAM_SLOTS * BIG.rows["head"].nbytes
+    assert need["cpu"].weights == BIG.nbytes - BIG.rows["head"].nbytes
+
+
 # The policy
 
 
@@ -201,9 +254,6 @@ def pc(graph: TaskGraph, gpu: float, cpu: float, link: float = 2e10, disk: bool 
     return machine(
         *devices, *([DISK] if disk else []), links=(Link("cpu", "cuda:0", link), Link("cuda:0", "cpu", link))
     )
-
-
-BIG = model(MOE, num_hidden_layers=6, n_routed_experts=16, moe_intermediate_size=64)
 
 
 def test_what_fits_on_the_gpu_is_there() -> None:

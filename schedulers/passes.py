@@ -1,0 +1,338 @@
+"""Passes become jobs for the engine of `events.py`, timed by the cost model, and the jobs become the events of a trace.
+Knows how pages come while others are computed with (paging, double buffering); which passes there are, it is told."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ciuic_runtime.devices.spec import Link
+from ciuic_runtime.schedulers.assignment import Paging
+from ciuic_runtime.schedulers.cost import CostModel
+from ciuic_runtime.schedulers.events import Engine, Job
+from ciuic_runtime.schedulers.graph import Step, Task, TaskGraph
+from ciuic_runtime.schedulers.program import Op, Source, host_of, program_of
+from ciuic_runtime.schedulers.schedule import Schedule
+from ciuic_runtime.schedulers.trace import Event, EventKind, StepInfo, Trace
+
+HOST = "host"  # the lane of sampling
+ROUNDING = 1e-12  # of a task
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A job that leaves events: tasks that follow one another on a device, or one transfer."""
+
+    job: int
+    lane: str
+    device: str  # which waits if the job begins late
+    kind: EventKind
+    names: tuple[str, ...]
+    ends: tuple[float, ...] = ()  # s since the job began, of each task; (): there is one
+    nbytes: int = 0
+
+
+@dataclass(slots=True)
+class _Stream:
+    """Double buffering: pages that a device gets from elsewhere, one after the other, into two slots."""
+
+    ops: tuple[Op, ...]  # of a pass, whose pages they are
+    loaded: tuple[int, ...] = ()  # the last load
+    slots: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # what frees them, the one to be filled next first
+    ahead: deque[int] = field(default_factory=deque)  # loads of what the next pass begins with
+
+    def upcoming(self, index: int) -> Op | None:
+        """What comes so many pages after the end of a pass, if that is known before."""
+        ops = [self.ops[i % len(self.ops)] for i in range(index + 1)]
+        return None if any(op.task.num_experts for op in ops) else ops[-1]
+
+    def computed(self, job: int) -> None:
+        """The page in the other slot is done with when this job ends."""
+        self.slots = (self.slots[1], (job,))
+
+
+class _Disk:
+    """Pages that a device reads while it computes, as much of each as is not expected to be in its cache."""
+
+    def __init__(self, paging: Paging, schedule: Schedule, graph: TaskGraph) -> None:
+        self.paging = paging
+        self.read: tuple[int, ...] = ()  # the last read
+        mine = [p for row, p in graph.rows.items() if schedule.rows[row].device == paging.device and not p.row_nbytes]
+        experts = {page.name for task in graph if task.num_experts for page in task.pages}
+        dense = sum(page.nbytes for page in mine if page.name not in experts)
+        routed = sum(page.nbytes for page in mine if page.name in experts)
+        left = max(0, paging.cache_bytes - dense)
+        self.stays = min(1.0, paging.cache_bytes / dense) if dense else 1.0  # share of what every pass needs
+        self.routed_stays = min(1.0, left / routed) if routed else 1.0
+
+    def needs(self, op: Op, step: Step) -> tuple[float, float]:
+        """Bytes that a pass needs of a task, and those of them that are expected to be read."""
+        page = op.task.pages[0]
+        if page.row_nbytes:
+            rows = float(op.task.work(step.phase).rows(step) * page.row_nbytes)
+            return rows, rows
+        if op.task.num_experts:
+            nbytes = _touched(op.task, step, op.experts) * page.nbytes
+            return nbytes, (1 - self.routed_stays) * nbytes
+        return page.nbytes, (1 - self.stays) * page.nbytes
+
+    def excess(self, step: Step, program: Iterable[Op]) -> float:
+        """How many times as much was read as is expected, where that is known."""
+        if step.read_bytes is None:
+            return 1.0
+        expected = sum(self.needs(op, step)[1] for op in program if op.paged)
+        return step.read_bytes / expected if expected else 0.0
+
+
+class Run:
+    """A schedule being carried out on the engine."""
+
+    def __init__(
+        self, schedule: Schedule, graph: TaskGraph, cost: CostModel, pools: Mapping[str, float] | None = None
+    ) -> None:
+        self.schedule, self.graph, self.cost = schedule, graph, cost
+        self.engine = Engine({d.name: d.bandwidth for d in cost.topology.domains}, pools)
+        self.program = program_of(schedule, graph)
+        self.devices = {d.name: d for d in schedule.topology.devices}
+        self.sampler = self.devices[host_of(schedule) or schedule.device_of(graph.tasks[-1].name)]
+        self.disk = _Disk(schedule.paging, schedule, graph) if schedule.paging else None
+        bringing = [op for op in self.program if op.sources and not op.sources[0].row_nbytes]
+        self.streams = {op.device: _Stream(tuple(o for o in bringing if o.device == op.device)) for op in bringing}
+        self.passes: list[tuple[Step, tuple[_Row, ...], int]] = []  # with the last job of each
+        self.events: list[Event] = []
+        self.infos: list[StepInfo] = []
+        self._costs: dict[tuple[Step, Step | None], dict[int, float]] = {}
+        self._links: dict[tuple[str, str], Link] = {}
+        self._transfers: dict[tuple[str, str, float], float] = {}
+
+    def step(self, step: Step, beside: Step | None = None) -> None:
+        """One pass, now, while nothing else goes on but reads. `beside`: decodes that share a pass with prompts."""
+        begin = self.engine.now
+        self.engine.run(until=self.add(step, (), beside))
+        self._record(*self.passes.pop(), begin, alone=True)
+
+    def all_steps(self) -> None:
+        """What was added, side by side."""
+        self.engine.run()
+        begin, end = 0.0, self.engine.end
+        for one in sorted(self.passes, key=lambda one: end[one[2]]):
+            self._record(*one, begin, alone=False)
+            begin = end[one[2]]
+
+    def trace(self) -> Trace:
+        used = self.schedule.devices_used()
+        notes = tuple(f"{name} is simulated" for name in used if self.devices[name].simulated)
+        return Trace(tuple(self.events), tuple(self.infos), "simulated", used, notes)
+
+    def add(self, step: Step, after: tuple[int, ...], beside: Step | None = None) -> int:
+        """The jobs of one pass; the number of the last one."""
+        whole = step if beside is None else _together(step, beside)
+        varying = self._costs.setdefault((step, beside), {})
+        fixed = self._costs.setdefault((_without_context(step), beside and _without_context(beside)), {})
+        jobs = _Pass(self, whole, after)
+        for op in self.program:
+            if op.src:
+                jobs.copy(op)
+                continue
+            costs = varying if op.attends else fixed
+            seconds = costs.get(op.number)
+            if seconds is None:
+                seconds = costs[op.number] = self._seconds(op, step, beside, whole)
+            jobs.compute(op, seconds)
+        last = jobs.end(self.cost.sampling(self.sampler, whole, self.graph))
+        self.passes.append((whole, tuple(jobs.rows), last))
+        return last
+
+    def transfer(self, name: str, src: str, dst: str, nbytes: float, after: tuple[int, ...]) -> int:
+        """A job of a link's copy engine; domains that the link runs through are shared with other links."""
+        if (src, dst) not in self._links:
+            self._links[src, dst] = self.cost.topology.link(src, dst)
+        link, lane = self._links[src, dst], _lane(src, dst)
+        if link.domains:
+            limit = link.bandwidth_at(nbytes)
+            return self.engine.add(Job(name, after, lane, link.latency, nbytes, limit, link.domains))
+        if (src, dst, nbytes) not in self._transfers:
+            self._transfers[src, dst, nbytes] = self.cost.transfer(src, dst, nbytes)
+        return self.engine.add(Job(name, after, lane, self._transfers[src, dst, nbytes]))
+
+    def _seconds(self, op: Op, step: Step, beside: Step | None, whole: Step) -> float:
+        device = self.devices[op.device]
+        if op.part == "combine":
+            return self.cost.combine(op.task, device, whole).seconds
+        if op.part == "experts":
+            return self.cost.experts(op.task, device, whole, op.experts).seconds
+        return self.cost.task(op.task, device, step, beside).seconds
+
+    def _record(self, step: Step, rows: Iterable[_Row], last: int, begin: float, alone: bool) -> None:
+        """The events of a pass. Of one that was alone, time between two of its jobs is a wait for pages."""
+        number, phase, start, end = len(self.infos), step.phase, self.engine.start, self.engine.end
+        events, done = self.events, begin
+        for row in rows:
+            at, then = start[row.job], end[row.job]
+            if alone and row.kind != "read":
+                if at > done:
+                    events.append(Event(row.names[0], row.device, done, at, number, phase, "wait"))
+                done = then
+            if not row.ends:
+                events.append(Event(row.names[0], row.lane, at, then, number, phase, row.kind, row.nbytes))
+                continue
+            task_start = at
+            for name, offset in zip(row.names, row.ends, strict=True):
+                task_end = at + offset
+                events.append(Event(name, row.lane, task_start, task_end, number, phase, row.kind))
+                task_start = task_end
+        self.infos.append(StepInfo(phase, step.tokens, step.sequences, begin, end[last], step))
+
+
+class _Pass:
+    """One pass becoming jobs, each after the one before it, and beside them the pages that come from elsewhere."""
+
+    def __init__(self, run: Run, step: Step, after: tuple[int, ...]) -> None:
+        self.run, self.step, self.chain = run, step, after
+        self.rows: list[_Row] = []
+        self.before_last = self.before = after  # what came before the task before this one, and before this one
+        self.routed = False  # whether the task before this one is a router
+        self.layers: list[tuple[int, ...]] = []  # what came before each layer's routed experts
+        self.excess = run.disk.excess(step, run.program) if run.disk else 1.0
+        self._device = ""  # of the tasks that follow one another there and are no job yet
+        self._names: list[str] = []
+        self._ends: list[float] = []  # s since the first of them began
+
+    def copy(self, op: Op) -> None:
+        self._next()
+        nbytes = op.copied(self.step)
+        job = self.run.transfer(op.task.name, op.src, op.device, nbytes, self.chain)
+        self._then(_Row(job, _lane(op.src, op.device), op.device, "copy", (op.task.name,), nbytes=int(nbytes)))
+        self.routed = False
+
+    def compute(self, op: Op, seconds: float) -> None:
+        if op.apart or op.device != self._device:
+            self._next()
+        if op.sources and op.sources[0].row_nbytes:
+            self._looked_up(op, seconds, op.sources[0])
+        elif op.sources:
+            self._streamed(op, seconds, self.run.streams[op.device])
+        elif op.paged and self.run.disk is not None:
+            self._paged(op, seconds, self.run.disk)
+        else:
+            self._device = op.device
+            self._names.append(op.task.name)
+            self._ends.append(self._ends[-1] + seconds if self._ends else seconds)
+        self.routed = op.task.kind == "router"
+
+    def end(self, sampling: float) -> int:
+        """The number of the last job. Streams go on with the first pages of the next pass."""
+        self._flush()
+        if sampling > 0:
+            job = self.run.engine.add(Job("sample", self.chain, HOST, sampling))
+            self._then(_Row(job, HOST, HOST, "sample", ("sample",)))
+        for stream in self.run.streams.values():
+            for slot in range(len(stream.ahead), len(stream.slots)):
+                if (op := stream.upcoming(slot)) is not None:
+                    waits = (*stream.loaded, *stream.slots[slot])
+                    stream.ahead.append(self._load(op, op.sources[0], op.sources[0].nbytes, waits))
+                    stream.loaded = (stream.ahead[-1],)
+        return self.chain[0]
+
+    def _paged(self, op: Op, seconds: float, disk: _Disk) -> None:
+        """Reads what is not there: routed experts from when they are guessed, `lookahead` layers earlier, other pages
+        from the task before, rows of tables when they are needed. What is there computes meanwhile."""
+        needed, missing = disk.needs(op, self.step)
+        missing = min(needed, missing * self.excess)
+        asked = self.before if op.task.pages[0].row_nbytes else self.before_last
+        if op.task.num_experts:
+            self.layers.append(self.before)
+            asked = self.layers[max(0, len(self.layers) - 1 - disk.paging.lookahead)]
+        if missing < 1:
+            self._part(op, seconds)
+            return
+        job = self.run.transfer(op.task.name, disk.paging.disk, op.device, missing, (*disk.read, *asked))
+        disk.read = (job,)
+        self._brought(op, disk.paging.disk, job, missing)
+        there = (1 - missing / needed) * seconds
+        if there > 0:
+            self._part(op, there)
+        self._part(op, seconds - there, (job,))
+
+    def _looked_up(self, op: Op, seconds: float, table: Source) -> None:
+        """Rows of a table that is stored elsewhere come when they are needed."""
+        nbytes = op.task.work(self.step.phase).rows(self.step) * table.row_nbytes
+        job = self._load(op, table, nbytes, self.before)
+        self._brought(op, table.home, job, nbytes)
+        self._part(op, seconds, (job,))
+
+    def _streamed(self, op: Op, seconds: float, stream: _Stream) -> None:
+        """What is stored here computes first. The rest comes page by page into two slots, each page as soon as there
+        is a slot; of routed experts, when they are chosen. Of n equal pages, n - 1 compute while further ones come,
+        one when all are there."""
+        shares = [op.task.share(s.experts) / op.task.share(op.experts) if s.experts else 1.0 for s in op.sources]
+        if (here := 1 - sum(shares)) > ROUNDING:
+            self._part(op, here * seconds)
+        chosen = self.before if self.routed else self.before_last
+        for source, share in zip(op.sources, shares, strict=True):
+            nbytes = (_touched(op.task, self.step, source.experts) if source.experts else 1) * source.nbytes
+            first = min(nbytes, source.nbytes)
+            if stream.ahead:
+                job = stream.ahead.popleft()
+            else:
+                waits = (*stream.loaded, *stream.slots[0], *(chosen if source.experts else ()))
+                job = self._load(op, source, first, waits)
+                stream.loaded = (job,)
+            self._brought(op, source.home, job, first)
+            last = first / nbytes if nbytes > first else 1.0
+            if last < 1:
+                more = self._load(op, source, nbytes - first, (job, *stream.slots[1]))
+                self._brought(op, source.home, more, nbytes - first)
+                stream.computed(self._part(op, share * seconds * (1 - last), (job,)))
+                stream.loaded, job = (more,), more
+            stream.computed(self._part(op, share * seconds * last, (job,)))
+
+    def _load(self, op: Op, source: Source, nbytes: float, after: tuple[int, ...]) -> int:
+        return self.run.transfer(op.task.name, source.home, op.device, nbytes, after)
+
+    def _brought(self, op: Op, home: str, job: int, nbytes: float) -> None:
+        self.rows.append(_Row(job, _lane(home, op.device), op.device, "read", (op.task.name,), nbytes=int(nbytes)))
+
+    def _part(self, op: Op, seconds: float, awaits: tuple[int, ...] = ()) -> int:
+        job = self.run.engine.add(Job(op.task.name, (*self.chain, *awaits), op.device, seconds))
+        self._then(_Row(job, op.device, op.device, "compute", (op.task.name,)))
+        return job
+
+    def _then(self, row: _Row) -> None:
+        self.rows.append(row)
+        self.chain = (row.job,)
+
+    def _next(self) -> None:
+        """Something begins that others have to know the beginning of."""
+        self._flush()
+        self.before_last, self.before = self.before, self.chain
+
+    def _flush(self) -> None:
+        """The tasks that follow one another become a job."""
+        if self._names:
+            job = self.run.engine.add(Job(self._names[0], self.chain, self._device, self._ends[-1]))
+            self._then(_Row(job, self._device, self._device, "compute", tuple(self._names), tuple(self._ends)))
+            self._device, self._names, self._ends = "", [], []
+
+
+def _lane(src: str, dst: str) -> str:
+    return f"{src} -> {dst}"
+
+
+def _touched(task: Task, step: Step, experts: Sequence[int]) -> float:
+    """How many of these routed experts the pass uses: of those that it did use their share, else as are expected."""
+    expected = task.expected_experts(step.tokens, experts)
+    every = task.expected_experts(step.tokens) if step.touched is not None else 0.0
+    return task.distinct_experts(step) * expected / every if every else expected
+
+
+def _together(step: Step, beside: Step) -> Step:
+    return Step(
+        step.phase, step.tokens + beside.tokens, step.sequences + beside.sequences, step.pairs + beside.pairs,
+        step.positions + beside.positions, step.sampled + beside.sampled,
+    )  # fmt: skip
+
+
+def _without_context(step: Step) -> Step:
+    return Step(step.phase, step.tokens, step.sequences, 0.0, 0.0, step.sampled, step.touched)
