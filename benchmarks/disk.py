@@ -6,18 +6,16 @@ page cache (O_DIRECT), at several depths. The best of them is what paging is mea
 from __future__ import annotations
 
 import argparse
-import ctypes
-import mmap
 import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ciuic_runtime.devices.disk import huge_buffer
 from ciuic_runtime.memory.page_store import PageStore
 
 DEPTHS = (1, 2, 4, 8, 16)
-HUGE_PAGE = 2 << 20
 
 
 def disk_rates(model: Path, seconds: float = 1.0) -> dict[int, float]:
@@ -39,7 +37,7 @@ def rates_line(rates: dict[int, float]) -> str:
 
 
 def _rate(places: list[tuple[int, int, int]], depth: int, seconds: float) -> float:
-    buffers = [_buffer(max(nbytes for _, _, nbytes in places)) for _ in range(depth)]
+    buffers = [huge_buffer(max(nbytes for _, _, nbytes in places)) for _ in range(depth)]
     start = time.perf_counter()
 
     def work(buffer: memoryview) -> int:
@@ -52,17 +50,6 @@ def _rate(places: list[tuple[int, int, int]], depth: int, seconds: float) -> flo
     with ThreadPoolExecutor(depth) as pool:
         done = sum(pool.map(work, buffers))
     return done / (time.perf_counter() - start)
-
-
-def _buffer(nbytes: int) -> memoryview:
-    """In huge pages, like our slots, and touched: into small ones this reader gets little more than half the rate."""
-    mapped = mmap.mmap(-1, nbytes + 2 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapped.madvise(mmap.MADV_HUGEPAGE)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(mapped)) % HUGE_PAGE
-    whole = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
-    buffer = memoryview(mapped)[start : start + whole]
-    buffer[:] = bytes(whole)
-    return buffer
 
 
 def main() -> None:

@@ -16,9 +16,10 @@ import torch
 from ciuic_runtime.curves import can_be_calibrated, is_calibrated, kernels_of, load_calibration, store_curves
 from ciuic_runtime.devices.backends import open_backend
 from ciuic_runtime.devices.bandwidth import memory_rates
-from ciuic_runtime.devices.limits import spread
-from ciuic_runtime.devices.measure import matrix_rates, torch_threads
+from ciuic_runtime.devices.limits import Limits, mean_limits, raise_limits, spread
+from ciuic_runtime.devices.measure import fingerprint, matrix_rates, torch_threads
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
+from ciuic_runtime.devices.threads import with_threads
 from ciuic_runtime.engine.llm import LLM
 from ciuic_runtime.engine.sampling import SamplingParams
 from ciuic_runtime.memory.kv_cache import blocks_for
@@ -85,38 +86,36 @@ class _Timed:
 
 
 def measure_curves(
-    model: Model, device: DeviceSpec, kernels: str = "auto", progress: Progress | None = None, seed: int = 0
-) -> tuple[Curve, ...]:
-    """The curves of a model's operators in its format on a CPU, with `device.threads` threads. About half a minute.
+    model: Model, device: DeviceSpec, threads: int, kernels: str = "auto", progress: Progress | None = None,
+    seed: int = 0,
+) -> tuple[tuple[Curve, ...], Limits]:  # fmt: skip
+    """The curves of a model's operators in its format on a CPU with so many threads, and the limits of the CPU at that
+    time, which their shares are of. About half a minute.
 
     Weights are random, and of a large model only some layers are made. Raises OutOfMemory where not even these fit."""
     say = progress or (lambda what: None)
     spec = measured_part(model.spec, model.format)
     contexts = [c for c in CONTEXTS if c <= spec.max_positions]
     longest = max([*contexts, min(max(PROMPTS), spec.max_positions)])
-    say(f"measuring operators of {model.spec.name} in {model.format} with {device.threads} threads on {device.name}")
+    say(f"measuring operators of {model.spec.name} in {model.format} with {threads} threads on {device.name}")
     with LLM(
-        SyntheticCheckpoint(spec, seed), dtype=model.format, devices=Topology((device,)), threads=device.threads,
+        SyntheticCheckpoint(spec, seed), dtype=model.format, devices=Topology((device,)), threads=threads,
         kernels=kernels, max_model_len=longest, max_num_seqs=4, prefill_chunk=max(PROMPTS), paged=kernels != REFERENCE,
     ) as llm:  # fmt: skip
         before = _limits(device)
         timed = _timed_passes(llm, _passes(spec, contexts, longest), seed, say)
         sampled = _timed_samples(llm)
-        after = _limits(device)
-    now = replace(
-        device,
-        memory_bandwidth=statistics.mean(one.memory_bandwidth for one in (before, after)),
-        matrix_rates={k: statistics.mean(one.matrix_rates[k] for one in (before, after)) for k in before.matrix_rates},
-    )
-    return tuple(_Fit(llm.model.graph, now, timed, sampled).curves())
+        limits = mean_limits(before, _limits(device))
+    [used] = with_threads(Topology((limits.on(device),)), threads).devices
+    return tuple(_Fit(llm.model.graph, used, timed, sampled).curves()), limits
 
 
-def _limits(device: DeviceSpec) -> DeviceSpec:
-    """The device as fast as it is at this moment: shares are of limits measured beside them, on a busy machine too."""
-    bandwidth = memory_rates(device, 1.0).memory_bandwidth_by_threads.get(device.threads) or device.memory_bandwidth
-    with torch_threads(device.threads):
+def _limits(device: DeviceSpec) -> Limits:
+    """Of the device at this moment: shares are of limits measured beside them, so that they are right on a busy machine
+    too."""
+    with torch_threads(device.cores):
         rates, _ = matrix_rates(open_backend(device), 1.0)
-    return replace(device, memory_bandwidth=bandwidth, matrix_rates={**device.matrix_rates, **rates})
+    return replace(memory_rates(device, 1.0), matrix_rates=rates)
 
 
 def measured_part(spec: ModelSpec, format: str) -> ModelSpec:
@@ -299,15 +298,20 @@ def _mean(points: Sequence[Point]) -> Point:
 
 
 def calibrate(
-    model: Model, topology: Topology, kernels: str = "auto", fresh: bool = False, progress: Progress | None = None
-) -> Calibration:
+    model: Model, topology: Topology, threads: int | None = None, kernels: str = "auto", fresh: bool = False,
+    progress: Progress | None = None,
+) -> Calibration:  # fmt: skip
     """Measures what is not known yet of the model's operators on this machine's CPUs (`fresh`: all of them anew), and
-    keeps it for later runs."""
+    keeps it for later runs, which then forecast with it. Limits that turn out higher than they were known replace
+    these: what is measured on a busy machine is too low."""
     chosen = kernels_of(model, kernels)
     known = load_calibration(model, topology, chosen)
-    for device in topology.devices:
-        if can_be_calibrated(device) and (fresh or not is_calibrated(model, device, known)):
-            store_curves(device, chosen, measure_curves(model, device, chosen, progress))
+    for device in filter(can_be_calibrated, topology.devices):
+        [used] = with_threads(Topology((device,)), threads).devices
+        if fresh or not is_calibrated(model, used, known):
+            curves, limits = measure_curves(model, device, used.threads, chosen, progress)
+            store_curves(device, chosen, curves)
+            raise_limits(fingerprint(device), limits)
     return load_calibration(model, topology, chosen)
 
 

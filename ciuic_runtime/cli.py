@@ -351,9 +351,9 @@ def calibrate(
     from ciuic_runtime.show import curves_table
 
     known = ciuic.Model(model, format)
-    topology = with_threads(_hardware(None, "fresh" if fresh else "cached").topology, threads)
-    calibration = measure(known, topology, kernels, fresh, _say)
-    curves = curves_of(known, topology, calibration)
+    topology = _hardware(None).topology
+    calibration = measure(known, topology, threads, kernels, fresh, _say)
+    curves = curves_of(known, with_threads(topology, threads), calibration)
     document = {
         "schema_version": 1, "model": known.spec.name, "format": known.format, "curves": [asdict(c) for c in curves],
     }  # fmt: skip

@@ -70,7 +70,7 @@ def with_disk(topology: Topology, path: str | Path) -> Topology:
         return topology
     cpus = [d.name for d in topology.by_kind("CPU")]
     disk, links = measured_disk(path, cpus, progress=lambda what: log.info("%s", what))
-    return Topology((*topology.devices, disk), (*topology.links, *links))
+    return replace(topology, devices=(*topology.devices, disk), links=(*topology.links, *links))
 
 
 def _basis_notes(schedule: Schedule, model: Model, calibration: Calibration) -> list[str]:

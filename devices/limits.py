@@ -18,7 +18,7 @@ from ciuic_runtime.devices.files import write_whole
 from ciuic_runtime.devices.spec import DeviceSpec
 
 log = logging.getLogger(__name__)
-MEASURE_VERSION = 2  # part of every fingerprint: raise it when a figure's meaning changes
+MEASURE_VERSION = 3  # part of every fingerprint: raise it when a figure's meaning changes
 
 Fact = str | int | float | bool
 
@@ -90,6 +90,40 @@ def store(fingerprint: str, limits: Limits, file: Path | None = None) -> None:
         write_whole(file, json.dumps({"version": MEASURE_VERSION, "limits": entries}, indent=1))
     except (OSError, InvalidInput) as error:
         log.warning("the measured limits were not cached: %s; set CIUIC_CACHE_DIR to a writable folder", error)
+
+
+def mean_limits(one: Limits, other: Limits) -> Limits:
+    """Of two looks at the same device: the mean of bandwidths and matrix rates; the rest is the first one's."""
+    ours, theirs = one.memory_bandwidth, other.memory_bandwidth
+    return replace(
+        one,
+        memory_bandwidth=(ours + theirs) / 2 if ours and theirs else ours or theirs,
+        memory_bandwidth_by_threads=_mean(one.memory_bandwidth_by_threads, other.memory_bandwidth_by_threads),
+        matrix_rates=_mean(one.matrix_rates, other.matrix_rates),
+    )
+
+
+def _mean(one: Mapping[Any, float], other: Mapping[Any, float]) -> dict[Any, float]:
+    return {key: (rate + other.get(key, rate)) / 2 for key, rate in one.items()}
+
+
+def raise_limits(fingerprint: str, seen: Limits, file: Path | None = None) -> None:
+    """Keeps what is higher than it was known: a limit is what a device reaches when nothing is in its way."""
+    known = load(fingerprint, file)
+    if known is None:
+        return
+    higher = replace(
+        known,
+        memory_bandwidth=max(known.memory_bandwidth or 0.0, seen.memory_bandwidth or 0.0) or None,
+        memory_bandwidth_by_threads=_higher(known.memory_bandwidth_by_threads, seen.memory_bandwidth_by_threads),
+        matrix_rates=_higher(known.matrix_rates, seen.matrix_rates),
+    )
+    if higher != known:
+        store(fingerprint, higher, file)
+
+
+def _higher(known: Mapping[Any, float], seen: Mapping[Any, float]) -> dict[Any, float]:
+    return {key: max(rate, seen.get(key, 0.0)) for key, rate in known.items()}
 
 
 def _entries(file: Path) -> dict[str, Any]:

@@ -95,18 +95,20 @@ class CostModel:
         launches = task.work(step.phase).launches
         return Cost(0.0, 0.0, launches * self.launch_overhead(device) if curve is None else curve.overhead)
 
-    def sampling(self, device: DeviceSpec, step: Step, graph: TaskGraph | None = None) -> float:
-        """Seconds that a pass takes besides its tasks: between them, and to choose the next tokens. 0 where that was
-        not measured."""
-        if graph is None:
-            return 0.0
+    def sampling(self, device: DeviceSpec, step: Step, graph: TaskGraph) -> float:
+        """Seconds to choose the next tokens of a pass; 0 where that was not measured."""
         logits = graph.tasks[-1].output_bytes_per_token
-        between, sample = self._curve(device, PASS, 0.0), self._curve(device, SAMPLE, logits)
-        seconds = between.overhead * len(graph.tasks) if between else 0.0
-        if sample and step.sampled:
-            nbytes = logits * step.sampled
-            seconds += self._on_curve(sample, device, Part(SAMPLE, sample.size, step.sampled, 0.0, nbytes, 0.0)).seconds
-        return seconds
+        curve = self._curve(device, SAMPLE, logits)
+        if curve is None or not step.sampled:
+            return 0.0
+        return self._on_curve(
+            curve, device, Part(SAMPLE, logits, step.sampled, 0.0, logits * step.sampled, 0.0)
+        ).seconds
+
+    def between_tasks(self, device: DeviceSpec, graph: TaskGraph) -> float:
+        """Seconds of a pass that lie between its tasks; 0 where that was not measured."""
+        curve = self._curve(device, PASS, 0.0)
+        return curve.overhead * len(graph.tasks) if curve else 0.0
 
     def outside(self, task: Task, device: DeviceSpec, step: Step) -> str:
         """What of a task lies outside of what was measured, "" if nothing: the nearest measured share is used there."""

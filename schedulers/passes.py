@@ -140,7 +140,9 @@ class Run:
             if seconds is None:
                 seconds = costs[op.number] = self._seconds(op, step, beside, whole)
             jobs.compute(op, seconds)
-        last = jobs.end(self.cost.sampling(self.sampler, whole, self.graph))
+        last = jobs.end(
+            self.cost.sampling(self.sampler, whole, self.graph), self.cost.between_tasks(self.sampler, self.graph)
+        )
         self.passes.append((whole, tuple(jobs.rows), last))
         return last
 
@@ -221,8 +223,9 @@ class _Pass:
             self._ends.append(self._ends[-1] + seconds if self._ends else seconds)
         self.routed = op.task.kind == "router"
 
-    def end(self, sampling: float) -> int:
-        """The number of the last job. Streams go on with the first pages of the next pass."""
+    def end(self, sampling: float, between: float) -> int:
+        """The number of the last job. Streams go on with the first pages of the next pass. What passes between tasks
+        (`between`) is added up here: it belongs to the pass, and to no task."""
         self._flush()
         if sampling > 0:
             job = self.run.engine.add(Job("sample", self.chain, HOST, sampling))
@@ -233,6 +236,8 @@ class _Pass:
                     waits = (*stream.loaded, *stream.slots[slot])
                     stream.ahead.append(self._load(op, op.sources[0], op.sources[0].nbytes, waits))
                     stream.loaded = (stream.ahead[-1],)
+        if between > 0:
+            self.chain = (self.run.engine.add(Job("between tasks", self.chain, HOST, between)),)
         return self.chain[0]
 
     def _paged(self, op: Op, seconds: float, disk: _Disk) -> None:
@@ -250,10 +255,11 @@ class _Pass:
         job = self.run.transfer(op.task.name, disk.paging.disk, op.device, missing, (*disk.read, *asked))
         disk.read = (job,)
         self._brought(op, disk.paging.disk, job, missing)
-        there = (1 - missing / needed) * seconds
-        if there > 0:
-            self._part(op, there)
-        self._part(op, seconds - there, (job,))
+        # Experts compute one after the other as they come: when the last page is there, only it is left.
+        last = min(missing, op.task.pages[0].nbytes) / needed
+        if last < 1:
+            self._part(op, (1 - last) * seconds)
+        self._part(op, last * seconds, (job,))
 
     def _looked_up(self, op: Op, seconds: float, table: Source) -> None:
         """Rows of a table that is stored elsewhere come when they are needed."""

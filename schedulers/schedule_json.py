@@ -31,6 +31,7 @@ def schedule_to_dict(schedule: Schedule) -> dict[str, Any]:
         "model": asdict(schedule.model),
         "devices": topology["device"],
         "links": topology["link"],
+        "domains": topology.get("domain", []),
         "assignments": [
             {"task": r.task, "device": r.device, "home": r.home, "bytes": r.nbytes} for r in schedule.assignments
         ],
@@ -54,12 +55,13 @@ def read_schedule(data: Any, source: str) -> dict[str, Any]:
             "candidates": tuple[Candidate, ...], "notes": tuple[str, ...]}  # fmt: skip
     if missing := [key for key in (*keys, "devices", "links", "assignments") if key not in data]:
         raise InvalidInput(f"{source} has no {missing[0]}; `ciuic plan MODEL --save FILE` writes one that has")
-    data = {"paging": None, **data}  # absent in files of before there was paging
+    data = {"paging": None, "domains": [], **data}  # absent in files of before there was either
     keys["paging"] = Paging | None
-    if strange := data.keys() - {*keys, "schema_version", "devices", "links", "assignments"}:
+    if strange := data.keys() - {*keys, "schema_version", "devices", "links", "domains", "assignments"}:
         raise InvalidInput(f"{source} has an unknown key {min(strange, key=str)}; remove it")
     values = {key: _read(kind, data[key], f"{source}: {key}") for key, kind in keys.items()}
-    topology = topology_from_dict({"device": data["devices"], "link": data["links"]}, source)
+    parts = {"device": data["devices"], "link": data["links"], "domain": data["domains"]}
+    topology = topology_from_dict(parts, source)
     rows = _rows(data["assignments"], {d.name for d in topology.devices}, source)
     return {**values, "topology": topology, "assignments": rows}
 

@@ -27,8 +27,9 @@ from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.workload import Goal, Workload, parse_goal
 
 Policy = Callable[[TaskGraph, Topology, CostModel], Schedule]
+RuledPolicy = Callable[[TaskGraph, Topology, CostModel, Fixed], Schedule]  # keeps to the user's rules by itself
 _registered: dict[str, Policy] = {}
-CORE: dict[str, Policy] = {
+CORE: dict[str, RuledPolicy] = {
     "pipeline for latency": pipeline_latency,
     "pipeline for throughput": pipeline_throughput,
     "experts by popularity": experts_by_popularity,
@@ -158,7 +159,8 @@ def _score_all(
         plans["fastest first"] = partial(fastest_first, fixed=fixed)
         plans["split by speed"] = partial(split_by_speed, fixed=fixed)
     by_hand = fixed.keys() == graph.rows.keys()
-    core = {name: partial(plan, fixed=fixed) for name, plan in CORE.items() if len(topology.compute_devices) > 1}
+    several = len(topology.compute_devices) > 1
+    core: dict[str, Policy] = {name: _ruled(plan, fixed) for name, plan in CORE.items() if several}
     scored: dict[tuple[tuple[str, str], ...], _Scored] = {}
     broken: list[Candidate] = []
     for name, plan in {**plans, **({} if by_hand else {**core, **_registered})}.items():
@@ -180,6 +182,10 @@ def _score_all(
             same = scored[key]
             broken.append(_candidate(same, label, f"the same plan as {same.schedule.policy}"))
     return list(scored.values()), broken
+
+
+def _ruled(plan: RuledPolicy, fixed: Fixed) -> Policy:
+    return lambda graph, topology, cost: plan(graph, topology, cost, fixed)
 
 
 def _why_none(error: Exception, name: str) -> str:

@@ -73,9 +73,9 @@ def test_a_fit_gives_the_measured_times_back(format: str) -> None:
                 continue  # a pass has as many sampled rows as sequences; measured by decodes
             expected, found = truth.task(task, CPU, one.step).seconds, fitted.task(task, CPU, one.step).seconds
             assert found == pytest.approx(expected, rel=0.08), (task.name, one)
-    between = 1e-5 * len(graph.tasks)
-    assert fitted.sampling(CPU, Step.decode(9), graph) == pytest.approx(between + 1e-4)
-    assert fitted.sampling(CPU, Step.decode(9, batch=4), graph) == pytest.approx(between + 3e-4)
+    assert fitted.between_tasks(CPU, graph) == pytest.approx(1e-5 * len(graph.tasks))
+    assert fitted.sampling(CPU, Step.decode(9), graph) == pytest.approx(1e-4)
+    assert fitted.sampling(CPU, Step.decode(9, batch=4), graph) == pytest.approx(3e-4)
 
 
 def test_between_points_shares_are_interpolated_in_log_space_and_beyond_them_held() -> None:

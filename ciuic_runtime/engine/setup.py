@@ -264,7 +264,8 @@ def _topology(devices: DeviceManager | Topology | None, schedule: Schedule | Non
     declared = [d for d in schedule.topology.devices if d.name not in known and _stands_in(d)]
     links = [x for x in schedule.topology.links if {x.src, x.dst} & {d.name for d in declared}]
     names = known | {d.name for d in declared}
-    return Topology((*here.devices, *declared), (*here.links, *(x for x in links if {x.src, x.dst} <= names)))
+    links = [replace(link, domains=()) for link in links if {link.src, link.dst} <= names]
+    return replace(here, devices=(*here.devices, *declared), links=(*here.links, *links))
 
 
 def _stands_in(device: DeviceSpec) -> bool:

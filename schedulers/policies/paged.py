@@ -42,17 +42,3 @@ def paged_on(
     )
     paging = Paging(device, disk, cache_bytes)
     return replace(whole, assignments=rows, policy=f"all on {device}, paged from {disk}", paging=paging)
-
-
-def resident_share(schedule: Schedule, graph: TaskGraph) -> tuple[float, float]:
-    """Shares of the bytes that are expected to be in memory when they are needed: of what every pass needs, and of
-    routed experts, chosen evenly."""
-    paging = schedule.paging
-    if paging is None:
-        return 1.0, 1.0
-    routed = sum(task.nbytes for task in graph if task.num_experts)
-    dense = sum(p.nbytes for task in graph if not task.num_experts for p in task.pages if not p.row_nbytes)
-    return (
-        min(1.0, paging.cache_bytes / dense) if dense else 1.0,
-        min(1.0, max(0, paging.cache_bytes - dense) / routed) if routed else 1.0,
-    )

@@ -31,7 +31,7 @@ def experts_by_popularity(graph: TaskGraph, topology: Topology, cost: CostModel,
     home = next((name for name in devices if left[name] >= 0), None)
     if home is None:
         largest = max(devices, key=lambda name: left[name])
-        raise _too_large(f"the dense tasks of {graph.name}", draft.room[largest] - left[largest], draft)
+        raise _too_large(f"the dense tasks of {graph.name} need", draft.room[largest] - left[largest], draft)
     for task in dense:
         draft.place(task, home)
     # Step 2: routed experts, by expected picks
@@ -40,7 +40,7 @@ def experts_by_popularity(graph: TaskGraph, topology: Topology, cost: CostModel,
             continue
         device = next((name for name in devices if draft.row_need(row, name) <= draft.room[name]), None)
         if device is None:
-            raise _too_large(f"{row} of {graph.name}", draft.row_need(row, devices[0]), draft)
+            raise _too_large(f"{row} of {graph.name} needs", draft.row_need(row, devices[0]), draft)
         draft.put(row, device)
     schedule = draft.freeze("experts by popularity")
     schedule.check_memory(graph)  # the rules alone may ask for too much
@@ -70,7 +70,7 @@ def _too_large(what: str, need: float, draft: ScheduleDraft) -> OutOfMemory:
     room = {name: max(0.0, left) for name, left in draft.room.items()}
     there = ", ".join(f"{format_bytes(left)} on {name}" for name, left in room.items())
     return OutOfMemory(
-        f"{what} need {format_bytes(need)} with their cache on one device; beside working memory and what is placed "
+        f"{what} {format_bytes(need)} with its cache on one device; beside working memory and what is placed "
         f"already there is {there}; try more memory, a smaller format, a shorter context or a smaller batch",
         need=int(need), capacity=int(max(room.values())),
     )  # fmt: skip

@@ -13,11 +13,11 @@ Pages that are alike are a class c of n_c, an option o is (computed on, stored o
                 x_co >= 0, and x_co = 0 where o streams through d and a page of c is larger than s_d
 
 `moved` is what a step is expected to read of a page: all of it, of a routed expert the share of steps that pick it, of
-a table its tokens' rows. What streams goes through `slots` of the size s of the largest page that does: two where it is
-computed, one on the host if it comes from a disk. s is not linear; the program is solved for every size on the GPU, and
-on the host for none and for the largest. Of equal T, the
-least sum of the left sides is taken. At a vertex no more classes have fractions than there are rows below the first
-kind, so rounding, by the same program over the whole numbers beside the vertex, decides on few pages."""
+a table its tokens' rows. What streams goes through slots of the size s of the largest page that does: two where it is
+computed, one on the host if it comes from a disk. s is not linear: the program is solved for every size on the GPU, and
+on the host for none and for the largest. Of equal T, the least sum of the left sides is taken. At a vertex no more
+classes have fractions than there are rows below the first kind, so rounding, by the same program over the whole numbers
+beside the vertex, decides on few pages."""
 
 from __future__ import annotations
 
@@ -121,9 +121,8 @@ def solve(classes: Sequence[PageClass], tiers: Tiers) -> Tiering | None:
     program = _Program(classes, tiers)
     bounds = [(t, sizes) for sizes in program.sizes if (t := program.relax(sizes)) is not None]
     best: Tiering | None = None
-    for bound, sizes in sorted(
-        bounds, key=lambda one: (float(f"{one[0]:.9g}"), one[1])
-    ):  # of equal T small slots first
+    # Of equal T the smallest slots first
+    for bound, sizes in sorted(bounds, key=lambda one: (float(f"{one[0]:.9g}"), one[1])):
         if best is not None and bound >= best.seconds * (1 - EVEN):
             break
         found = program.whole(sizes, bound)
@@ -184,16 +183,12 @@ class _Program:
         return free
 
     def _minimise(
-        self,
-        sizes: Sequence[int],
-        per_T: float,
-        per_load: float,
-        limit: float = math.inf,
+        self, sizes: Sequence[int], per_T: float, per_load: float, limit: float = math.inf,
         box: tuple[Array, Array] | None = None,
-    ) -> tuple[float, Array] | None:
+    ) -> tuple[float, Array] | None:  # fmt: skip
         """T and x that make per_T x T + per_load x (sum of all loads) least, with T <= limit; within a box: in whole
         numbers."""
-        from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
+        from scipy.optimize import Bounds, LinearConstraint, milp
 
         # The solver's tolerances are absolute: time in units of the largest load, memory in those of the smallest page
         second, byte = self.loads.max(initial=0.0) or 1.0, self.held[self.held > 0].min(initial=np.inf)

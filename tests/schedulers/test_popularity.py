@@ -127,7 +127,7 @@ def test_what_does_not_fit_says_so() -> None:
         experts_by_popularity(MODEL, small, CostModel(small, workload=WORK))
     assert error.value.need > capacity(small.device("cpu")) - BASE
     crowded = gpus_and_cpu(2, 1, 2)
-    with pytest.raises(OutOfMemory, match=r"layers.1.experts.5 of deepseek_v3 needs? .*already there is"):
+    with pytest.raises(OutOfMemory, match=r"layers.1.experts.5 of deepseek_v3 needs .*already there is"):
         experts_by_popularity(MODEL, crowded, CostModel(crowded, workload=WORK))
     idle = machine(device("cuda:0", usable=False, why_not_usable="no driver"))
     with pytest.raises(InvalidInput, match=r"no device here can compute \(cuda:0: no driver\)"):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from machines import CPU_AND_GPU, DISK, GIB, MIB, device, machine, model
 
 from ciuic_runtime.devices.errors import InvalidInput, OutOfMemory
-from ciuic_runtime.devices.spec import Link, Topology
+from ciuic_runtime.devices.spec import Domain, Link, Topology
 from ciuic_runtime.schedulers.assignment import Assignment, Candidate, ModelSummary, Prediction
 from ciuic_runtime.schedulers.draft import schedule_of
 from ciuic_runtime.schedulers.memory import capacity, memory_need
@@ -224,6 +224,9 @@ def test_json_round_trip(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     schedule.to_json(file)
     assert Schedule.from_json(file) == schedule
+    links = (Link("cpu", "cuda:0", 1e10, 1e-5, "measured", ("pcie",), {4096: 1e9}),)
+    shared = Topology(CPU_AND_GPU.devices, links, (Domain("pcie", 2e10, "measured"),))
+    assert Schedule.from_dict(json.loads(by_hand(shared).to_json())) == by_hand(shared)
 
 
 def test_json_has_the_promised_fields() -> None:
