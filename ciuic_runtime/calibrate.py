@@ -16,8 +16,8 @@ import torch
 from ciuic_runtime.curves import can_be_calibrated, is_calibrated, kernels_of, load_calibration, store_curves
 from ciuic_runtime.devices.backends import open_backend
 from ciuic_runtime.devices.bandwidth import memory_rates
-from ciuic_runtime.devices.limits import Limits, mean_limits, raise_limits, spread
-from ciuic_runtime.devices.measure import fingerprint, matrix_rates, torch_threads
+from ciuic_runtime.devices.limits import Limits, mean_limits, spread
+from ciuic_runtime.devices.measure import matrix_rates, torch_threads
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.devices.threads import with_threads
 from ciuic_runtime.engine.llm import LLM
@@ -88,9 +88,9 @@ class _Timed:
 def measure_curves(
     model: Model, device: DeviceSpec, threads: int, kernels: str = "auto", progress: Progress | None = None,
     seed: int = 0,
-) -> tuple[tuple[Curve, ...], Limits]:  # fmt: skip
-    """The curves of a model's operators in its format on a CPU with so many threads, and the limits of the CPU at that
-    time, which their shares are of. About half a minute.
+) -> tuple[Curve, ...]:  # fmt: skip
+    """The curves of a model's operators in its format on a CPU with so many threads, and of the limits that the CPU has
+    meanwhile. About half a minute.
 
     Weights are random, and of a large model only some layers are made. Raises OutOfMemory where not even these fit."""
     say = progress or (lambda what: None)
@@ -107,7 +107,7 @@ def measure_curves(
         sampled = _timed_samples(llm)
         limits = mean_limits(before, _limits(device))
     [used] = with_threads(Topology((limits.on(device),)), threads).devices
-    return tuple(_Fit(llm.model.graph, used, timed, sampled).curves()), limits
+    return tuple(_Fit(llm.model.graph, used, timed, sampled).curves())
 
 
 def _limits(device: DeviceSpec) -> Limits:
@@ -234,7 +234,9 @@ class _Fit:
 
     def _of(self, operator: str, size: float, overhead: float, points: tuple[Point, ...]) -> Curve:
         device = self.device
-        return Curve(device.name, device.threads, self.graph.format, operator, size, overhead, points)
+        return Curve(
+            device.name, device.threads, self.graph.format, operator, size, overhead, points, self.peak, self.bandwidth
+        )  # fmt: skip
 
     def _counts(self, task: Task, one: Pass) -> bool:
         """Passes with short contexts; of what only sampled sequences need, a pass for each number of them."""
@@ -302,16 +304,13 @@ def calibrate(
     progress: Progress | None = None,
 ) -> Calibration:  # fmt: skip
     """Measures what is not known yet of the model's operators on this machine's CPUs (`fresh`: all of them anew), and
-    keeps it for later runs, which then forecast with it. Limits that turn out higher than they were known replace
-    these: what is measured on a busy machine is too low."""
+    keeps it for later runs, which then forecast with it."""
     chosen = kernels_of(model, kernels)
     known = load_calibration(model, topology, chosen)
     for device in filter(can_be_calibrated, topology.devices):
         [used] = with_threads(Topology((device,)), threads).devices
         if fresh or not is_calibrated(model, used, known):
-            curves, limits = measure_curves(model, device, used.threads, chosen, progress)
-            store_curves(device, chosen, curves)
-            raise_limits(fingerprint(device), limits)
+            store_curves(device, chosen, measure_curves(model, device, used.threads, chosen, progress))
     return load_calibration(model, topology, chosen)
 
 

@@ -23,7 +23,7 @@ from ciuic_runtime.schedulers.calibration import Calibration, Curve, Point, oper
 
 log = logging.getLogger("ciuic")
 
-CALIBRATION_VERSION = 1  # raise it when a figure's meaning changes
+CALIBRATION_VERSION = 2  # raise it when a figure's meaning changes
 SAME_SIZE = 0.25  # log of the ratio of two sizes that count as one
 MEASURED_ERROR = 0.2  # relative, of forecasts from curves: nearly all were within it (benchmarks/results)
 
@@ -103,6 +103,7 @@ def _curve_of(entry: Any) -> Curve | None:
         return Curve(
             str(entry["device"]), int(entry["threads"]), str(entry["format"]), str(entry["operator"]),
             _number(entry["size"]), _number(entry["overhead"]), points,
+            *(None if entry[key] is None else _number(entry[key]) for key in ("peak", "bandwidth")),
         )  # fmt: skip
     except (TypeError, ValueError, KeyError):
         return None

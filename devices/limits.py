@@ -107,25 +107,6 @@ def _mean(one: Mapping[Any, float], other: Mapping[Any, float]) -> dict[Any, flo
     return {key: (rate + other.get(key, rate)) / 2 for key, rate in one.items()}
 
 
-def raise_limits(fingerprint: str, seen: Limits, file: Path | None = None) -> None:
-    """Keeps what is higher than it was known: a limit is what a device reaches when nothing is in its way."""
-    known = load(fingerprint, file)
-    if known is None:
-        return
-    higher = replace(
-        known,
-        memory_bandwidth=max(known.memory_bandwidth or 0.0, seen.memory_bandwidth or 0.0) or None,
-        memory_bandwidth_by_threads=_higher(known.memory_bandwidth_by_threads, seen.memory_bandwidth_by_threads),
-        matrix_rates=_higher(known.matrix_rates, seen.matrix_rates),
-    )
-    if higher != known:
-        store(fingerprint, higher, file)
-
-
-def _higher(known: Mapping[Any, float], seen: Mapping[Any, float]) -> dict[Any, float]:
-    return {key: max(rate, seen.get(key, 0.0)) for key, rate in known.items()}
-
-
 def _entries(file: Path) -> dict[str, Any]:
     """The cache's content; nothing where it is absent, damaged or of another version."""
     try:

@@ -46,7 +46,7 @@ class Point:
 @dataclass(frozen=True)
 class Curve:
     """An operator of one size on one device: time = overhead + max(flops / (peak x compute), bytes / (bandwidth x
-    memory))."""
+    memory)). The limits that it was measured beside are kept with it: looked at again, they are other ones."""
 
     device: str
     threads: int
@@ -55,6 +55,8 @@ class Curve:
     size: float  # bytes of its page (of one expert); of scores, flops per pair
     overhead: float  # s per call
     points: tuple[Point, ...] = ()  # by rows
+    peak: float | None = None  # operations/s: what its shares are of, measured beside them; None: the device's own
+    bandwidth: float | None = None  # bytes/s, likewise
 
     def at(self, rows: float) -> tuple[float, float]:
         """The shares (compute, memory) at a number of rows: interpolated in log space, at the ends held."""

@@ -137,8 +137,11 @@ class CostModel:
 
     def _on_curve(self, curve: Curve, device: DeviceSpec, part: Part, whole: bool = True) -> Cost:
         compute, memory = curve.at(part.rows)
-        compute_s = part.flops / (self.peak(device) * compute) if part.flops else 0.0
-        memory_s = (part.weights + part.other) / (self.peak_bandwidth(device) * memory)
+        own = curve.threads == device.threads
+        peak = (curve.peak if own else None) or self.peak(device)
+        bandwidth = (curve.bandwidth if own else None) or self.peak_bandwidth(device)
+        compute_s = part.flops / (peak * compute) if part.flops else 0.0
+        memory_s = (part.weights + part.other) / (bandwidth * memory)
         return Cost(compute_s, memory_s, curve.overhead if whole else 0.0, "compute" if compute > memory else "memory")
 
     def _assumed(

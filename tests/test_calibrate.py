@@ -88,6 +88,21 @@ def test_between_points_shares_are_interpolated_in_log_space_and_beyond_them_hel
     assert [curve.covers(rows) for rows in (0.5, 1, 7, 64, 65)] == [False, True, True, True, False]
 
 
+def test_shares_are_of_the_limits_that_were_measured_beside_them() -> None:
+    graph = build_graph(read_config(TINY_V3), "int4")
+    mlp, step = next(task for task in graph if task.kind == "mlp"), Step.decode(5)
+    curve = Curve("cpu", 4, "int4", "mlp", 1e6, 0.0, (Point(1, 0.5, 0.5),), 1e12, 5e10)
+
+    def seconds(curve: Curve, cpu: DeviceSpec) -> float:
+        cost = CostModel(Topology((cpu,)), "int4", Calibration(curves=(curve,)))
+        return cost.task(mlp, cpu, step).seconds
+
+    busy = replace(CPU, memory_bandwidth=2.5e10, matrix_rates={"int8": 5e11})
+    assert seconds(curve, busy) == seconds(curve, CPU)
+    assert seconds(replace(curve, peak=None, bandwidth=None), busy) == pytest.approx(2 * seconds(curve, CPU))
+    assert seconds(replace(curve, threads=2), busy) == pytest.approx(2 * seconds(curve, CPU))  # not its own threads
+
+
 def test_what_lies_outside_of_the_measured_range_is_said() -> None:
     graph, curve = (
         build_graph(read_config(TINY_V3), "int4"),
@@ -146,7 +161,7 @@ def test_a_damaged_file_costs_nothing_but_time(cache: Path) -> None:
     for damage in ({"points": 3}, {"size": "large"}, {"overhead": -1.0}, {"overhead": math.nan}, {"points": [{}]}):
         file.write_text(json.dumps({**good, "curves": {key: [good["curves"][key][0] | damage]}}))
         assert load_calibration(model, topology, "avx2") == Calibration()
-    for text in ("", "[]", '{"version": 99, "curves": {}}', '{"version": 1, "curves": []}', "\0"):
+    for text in ("", "[]", '{"version": 99, "curves": {}}', '{"version": 2, "curves": []}', "\0"):
         file.write_text(text)
         assert load_calibration(model, topology, "avx2") == Calibration()
     store_curves(CPU, "avx2", [Curve("cpu", 4, "int4", "mlp", 1e6, 1e-6, (Point(1, 0.5, 0.25),))])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from ciuic_runtime.devices.backend import Backend
@@ -293,7 +294,7 @@ class _Run:
         """A router has chosen: ids [tokens, k]."""
         if i.routes is not None:
             i.routes.ask(ids)
-        self.x.touched.append(ids.shape[1] if len(ids) == 1 else int(torch.bincount(ids.flatten()).count_nonzero()))
+        self.x.touched.append(ids.shape[1] if len(ids) == 1 else len(np.unique(ids.cpu().numpy())))
         if self.x.on_routing is not None:
             assert i.task.layer is not None
             self.x.on_routing(i.task.layer, ids)

@@ -67,14 +67,12 @@ def test_agrees_with_transformers(case: Case, reference: Reader, here: Topology)
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_kernels_agree_with_transformers_in_bfloat16(case: Case, reference: Reader, here: Topology) -> None:
-    """Within 1e-3 of transformers' bfloat16 wherever that is so of float32 itself; elsewhere nearer to float32 than it
-    is (there it lets rounding choose other experts: up to 6e-3 away)."""
+    """Within 1e-3 of transformers' bfloat16, or nearer to float32 than it is (where its rounding lets it choose other
+    experts, it is up to 6e-3 away, by processor)."""
     made = reference(case)
     got, theirs = bf16_logits(made, here, "auto"), distance(made.logits, made.bf16_logits)
-    if theirs <= 1e-3:
-        assert distance(made.bf16_logits, got) <= 1e-3
-    else:
-        assert distance(made.logits, got) <= theirs
+    ours = distance(made.logits, got)
+    assert distance(made.bf16_logits, got) <= 1e-3 or ours <= theirs, (ours, theirs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
