@@ -1,7 +1,7 @@
 """How far forecasts are off on this machine: they are written down and committed before the runs that they are about.
 
     python benchmarks/predictions.py predict FOLDER [--only NAME ...]   # writes predictions/ROUND.json; commit that
-    python benchmarks/predictions.py run FOLDER predictions/ROUND.json   # refuses what is not committed; adds to runs.jsonl
+    python benchmarks/predictions.py run FOLDER predictions/ROUND.json  # if committed; adds to runs.jsonl
     python benchmarks/predictions.py report predictions [--out FILE]
 
 FOLDER holds the models (`--make` makes them). A configuration is run three times after its prediction, the median is
@@ -151,7 +151,8 @@ def _forecast(case: Case, folder: Path) -> dict[str, Any]:
         "model, prompt, new, batch, threads, memory = sys.argv[1:]\n"
         "work = c.Workload(int(prompt), int(new), int(batch))\n"
         "budget = {'cpu': parse_bytes(memory)} if memory else {}\n"
-        "plan = c.plan(c.Model(model), c.DeviceManager(path=None), workload=work, memory=budget, threads=int(threads))\n"
+        "here = c.DeviceManager(path=None)\n"
+        "plan = c.plan(c.Model(model), here, workload=work, memory=budget, threads=int(threads))\n"
         "print(json.dumps(plan.to_dict()))\n"
     )
     arguments = [str(folder / case.model), case.prompt_tokens, case.max_tokens, case.batch, case.threads, case.memory]
