@@ -3,6 +3,7 @@ Knows no file; what it computes means nothing, how long that takes is what a rea
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ class SyntheticCheckpoint:
     """Implements `checkpoint.Checkpoint`."""
 
     def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
-        self.path, self.spec = Path(f"random weights for {spec.name}"), spec
+        self.path = Path(f"random weights for {spec.name}")
+        self.spec = replace(spec, packed="")  # they are not, whatever the model's own are
         self._pool = torch.empty(POOL).normal_(generator=torch.Generator().manual_seed(seed))
         self._at = 0
 
