@@ -9,7 +9,8 @@ from ciuic_runtime.devices.spec import DeviceSpec, Topology
 
 
 def with_threads(topology: Topology, threads: int | None) -> Topology:
-    """CPU rates at the number of threads in use: bandwidth as measured with them, matrix rates in proportion."""
+    """CPU rates at the number of threads in use: bandwidth as measured with them, matrix rates in proportion (which is
+    an estimate where the bandwidth had to be one too)."""
     return replace(topology, devices=tuple(_at_threads(d, threads) for d in topology.devices))
 
 
@@ -17,12 +18,12 @@ def _at_threads(device: DeviceSpec, threads: int | None) -> DeviceSpec:
     if device.kind != "CPU" or not threads or not device.threads or threads >= device.threads:
         return device
     share = threads / device.threads
-    bandwidth = device.memory_bandwidth_by_threads.get(threads) or (device.memory_bandwidth or 0) * share or None
+    measured = device.memory_bandwidth_by_threads.get(threads)
     return replace(
         device,
         threads=threads,
-        memory_bandwidth=bandwidth,
+        memory_bandwidth=measured or (device.memory_bandwidth or 0) * share or None,
         matrix_rates={dtype: rate * share for dtype, rate in device.matrix_rates.items()},
         matrix_vector_rates={dtype: rate * share for dtype, rate in device.matrix_vector_rates.items()},
-        basis="estimated",
+        basis=device.basis if measured else "estimated",
     )
