@@ -98,7 +98,8 @@ def check_memory(schedule: Schedule, graph: TaskGraph, workload: Workload) -> No
     worst, name, need = max(lacking, key=lambda one: one[0])
     if worst > 0:
         room = capacity(schedule.topology.device(name))
-        raise OutOfMemory(_does_not_fit(graph, workload, name, need, room), need=need.total, capacity=room)
+        alone = sum(lack > 0 for lack, _, _ in lacking) == 1
+        raise OutOfMemory(_does_not_fit(graph, workload, name, need, room, alone), need=need.total, capacity=room)
 
 
 def _check_paging(schedule: Schedule, paging: Paging, graph: TaskGraph, workload: Workload) -> None:
@@ -122,15 +123,18 @@ def _check_paging(schedule: Schedule, paging: Paging, graph: TaskGraph, workload
     )  # fmt: skip
 
 
-def _does_not_fit(graph: TaskGraph, workload: Workload, device: str, need: Need, room: int) -> str:
+def _does_not_fit(graph: TaskGraph, workload: Workload, device: str, need: Need, room: int, alone: bool) -> str:
+    """`alone`: no other device lacks anything."""
+    lacks = format_bytes(need.total - room)
+    more = f"{lacks} more there would do" if alone else f"it lacks {lacks} there, and others lack some too"
     what = (
         f"{graph.name} needs {format_bytes(need.total)} on {device}, where {format_bytes(room)} can be used "
         f"({format_bytes(need.weights)} weights in {graph.format}, {format_bytes(need.cache)} cache and "
         f"{format_bytes(need.working)} working memory for {workload.batch} x {workload.context} tokens)"
     )
     if need.weights < room:
-        return f"{what}; try a shorter context, a smaller batch, or more memory (--memory {device}=...)"
-    return f"{what}; try a smaller model, more memory, or part of it on another device"
+        return f"{what}; {more}, or try a shorter context, a smaller batch, or more memory (--memory {device}=...)"
+    return f"{what}; {more}, or try a smaller model or format, or part of it on another device"
 
 
 def limit_memory(topology: Topology, budgets: Mapping[str, str | int]) -> Topology:

@@ -3,15 +3,20 @@ Knows how pages come while others are computed with (paging, double buffering); 
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from ciuic_runtime.devices.spec import Link
 from ciuic_runtime.schedulers.assignment import Paging
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.events import Engine, Job
-from ciuic_runtime.schedulers.graph import Step, Task, TaskGraph
+from ciuic_runtime.schedulers.graph import Page, Step, Task, TaskGraph
+from ciuic_runtime.schedulers.hits import hit_rates
+from ciuic_runtime.schedulers.policies.cache import cache_policy
 from ciuic_runtime.schedulers.program import Op, Source, host_of, program_of
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.trace import Event, EventKind, StepInfo, Trace
@@ -59,12 +64,17 @@ class _Disk:
         self.paging = paging
         self.read: tuple[int, ...] = ()  # the last read
         mine = [p for row, p in graph.rows.items() if schedule.rows[row].device == paging.device and not p.row_nbytes]
-        experts = {page.name for task in graph if task.num_experts for page in task.pages}
-        dense = sum(page.nbytes for page in mine if page.name not in experts)
-        routed = sum(page.nbytes for page in mine if page.name in experts)
+        routed = [t for t in graph if t.num_experts]
+        names = {page.name for task in routed for page in task.pages}
+        dense = sum(page.nbytes for page in mine if page.name not in names)
         left = max(0, paging.cache_bytes - dense)
         self.stays = min(1.0, paging.cache_bytes / dense) if dense else 1.0  # share of what every pass needs
-        self.routed_stays = min(1.0, left / routed) if routed else 1.0
+        own = {page.name for page in mine} & names
+        uses = [(page, picks) for task in routed for page, picks in _picks(task) if page.name in own]
+        room = left / (sum(page.nbytes for page, _ in uses) / len(uses)) if uses else 0.0
+        policy, _ = cache_policy(paging.policy)
+        rates = hit_rates(np.array([picks for _, picks in uses]), room, policy)
+        self.there = {page.name: float(rate) for (page, _), rate in zip(uses, rates, strict=True)}  # routed experts
 
     def needs(self, op: Op, step: Step) -> tuple[float, float]:
         """Bytes that a pass needs of a task, and those of them that are expected to be read."""
@@ -74,8 +84,17 @@ class _Disk:
             return rows, rows
         if op.task.num_experts:
             nbytes = _touched(op.task, step, op.experts) * page.nbytes
-            return nbytes, (1 - self.routed_stays) * nbytes
+            return nbytes, nbytes * self._missing(op, step.tokens)
         return page.nbytes, (1 - self.stays) * page.nbytes
+
+    def _missing(self, op: Op, tokens: int) -> float:
+        """Of the routed experts that so many tokens touch, the share that is not there."""
+        experts = op.experts or range(op.task.num_experts)
+        away = [1 - self.there[op.task.pages[e].name] for e in experts]
+        if not op.task.popularity:
+            return sum(away) / len(away)
+        touched = [op.task.expected_experts(tokens, (e,)) for e in experts]
+        return sum(map(operator.mul, touched, away)) / (sum(touched) or 1.0)
 
     def excess(self, step: Step, program: Iterable[Op]) -> float:
         """How many times as much was read as is expected, where that is known."""
@@ -320,6 +339,12 @@ class _Pass:
             job = self.run.engine.add(Job(self._names[0], self.chain, self._device, self._ends[-1]))
             self._then(_Row(job, self._device, self._device, "compute", tuple(self._names), tuple(self._ends)))
             self._device, self._names, self._ends = "", [], []
+
+
+def _picks(task: Task) -> list[tuple[Page, float]]:
+    """Each routed expert's page, and how often a token is expected to pick it."""
+    even = (task.experts_per_token / task.num_experts,) * task.num_experts
+    return list(zip(task.pages, task.popularity or even, strict=True))
 
 
 def _lane(src: str, dst: str) -> str:

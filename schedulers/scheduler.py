@@ -3,6 +3,7 @@ What a plan costs is the simulator's word, what is allowed is the user's rules' 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -251,7 +252,12 @@ def _nothing_fits(scored: Sequence[_Scored]) -> str:
     topology = scored[0].schedule.topology
     rooms = {d.name: capacity(d) for d in topology.compute_devices}
     each = ", ".join(f"{format_bytes(room)} on {name}" for name, room in rooms.items())
-    nearest = min(scored, key=lambda one: sum(max(0, n - rooms[d]) for d, n in one.prediction.memory_bytes.items()))
+
+    def lacks(one: _Scored) -> float:
+        streams = bool(_why_not_run(one.schedule))  # what fits but cannot be run is no answer
+        return sum(max(0, n - rooms[d]) for d, n in one.prediction.memory_bytes.items()) or (math.inf if streams else 0)
+
+    nearest = min(scored, key=lacks)
     return f"none of {len(scored)} plans fits in {each}; nearest is '{nearest.schedule.policy}': {nearest.why_not}"
 
 

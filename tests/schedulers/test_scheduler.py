@@ -393,6 +393,16 @@ def test_a_policy_can_be_the_only_plan_that_fits() -> None:
     assert planner(topology).schedule(MODEL).policy == "mine"
 
 
+@pytest.mark.parametrize("budget", [1 * KIB, 64 * KIB, 200 * KIB])
+def test_what_is_said_to_be_lacking_would_do(budget: int) -> None:
+    with pytest.raises(OutOfMemory, match=r"[KM]iB more there would do") as caught:
+        planner(machine(device("cpu", memory=budget))).schedule(MODEL)
+    enough = planner(machine(device("cpu", memory=caught.value.need))).schedule(MODEL)
+    assert enough.policy == "all on cpu"
+    with pytest.raises(OutOfMemory):
+        planner(machine(device("cpu", memory=caught.value.need - 1))).schedule(MODEL)
+
+
 def test_the_policies_join_in_where_trivial_plans_do_badly(tight: Topology) -> None:
     """Some experts do not fit on the GPU: a few of the others' tasks on the CPU cost less than whole layers there."""
     schedule = planner(tight, calibration=Calibration(model_error=0.01)).schedule(MODEL)
