@@ -4,6 +4,7 @@ Knows how to repeat and choose; what is printed is in `report.py` and `show.py`.
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ciuic_runtime.models.checkpoint import Checkpoint, open_checkpoint
 from ciuic_runtime.models.config import load_spec
 from ciuic_runtime.models.synthetic import SyntheticCheckpoint
 from ciuic_runtime.schedulers.comparison import Comparison
+from ciuic_runtime.schedulers.graph import Phase
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Workload
 
@@ -45,6 +47,11 @@ class Bench:
         """The repetition with the median decode rate (of one new token: prefill rate)."""
         return sorted(self.rounds, key=_rate)[len(self.rounds) // 2]
 
+    def tokens_per_s(self, phase: Phase) -> float | None:
+        """The median of all repetitions."""
+        rates = [rate for one in self.rounds if (rate := one.trace.tokens_per_s(phase))]
+        return statistics.median(rates) if rates else None
+
     @property
     def spread(self) -> float:
         """Relative interquartile range of the rates."""
@@ -64,16 +71,19 @@ def _rate(one: Round) -> float:
 def bench(
     llm: LLM, work: Workload, rounds: int = 3, seed: int = 0, progress: Callable[[str], None] | None = None
 ) -> Bench:
-    """Each round has prompts of its own, so that nothing is found in memory that a user would not find."""
+    """Each round has prompts of its own, so that nothing is found in memory that a user would not find. Where pages are
+    read from disk, a first round that does not count fills the memory: forecasts are of what comes then."""
     say, vocab = progress or (lambda what: None), llm.model.spec.vocab_size
     source, done = random.Random(seed), []
     params = SamplingParams(max_tokens=work.max_tokens, temperature=0.0, ignore_eos=True)
-    for number in range(rounds):
-        say(f"round {number + 1} of {rounds}")
+    first = 0 if llm.schedule.paging is None else -1
+    for number in range(first, rounds):
+        say(f"round {number + 1} of {rounds}" if number >= 0 else "a first round that does not count")
         bandwidth = _memory_bandwidth(llm)
         prompts = [[source.randrange(vocab) for _ in range(work.prompt_tokens)] for _ in range(work.batch)]
         outputs = llm.generate(prompts, params)
-        done.append(Round(tuple(outputs), llm.trace, llm.comparison, bandwidth))
+        if number >= 0:
+            done.append(Round(tuple(outputs), llm.trace, llm.comparison, bandwidth))
     return Bench(work, tuple(done))
 
 

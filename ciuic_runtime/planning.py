@@ -65,12 +65,23 @@ def plan(
 
 
 def with_disk(topology: Topology, path: str | Path) -> Topology:
-    """The topology with the disk under `path`, measured (or as measured before), unless it has one."""
+    """The topology with the disk under `path`, unless it has one: as fast as it is now for the reader that paging uses,
+    if that is a packed folder, else measured in general (or as measured before)."""
     if topology.by_kind("DISK"):
         return topology
     cpus = [d.name for d in topology.by_kind("CPU")]
     disk, links = measured_disk(path, cpus, progress=lambda what: log.info("%s", what))
+    if (rate := _page_rate(path)) is not None:
+        disk = replace(disk, memory_bandwidth=rate)
+        links = [replace(link, bandwidth=rate) for link in links]
     return replace(topology, devices=(*topology.devices, disk), links=(*topology.links, *links))
+
+
+def _page_rate(path: str | Path) -> float | None:
+    """bytes/s; None where nothing is packed, or nothing here could read it."""
+    from ciuic_runtime.memory.read_rate import read_rate  # loads torch, which most plans do without
+
+    return read_rate(path)
 
 
 def _basis_notes(schedule: Schedule, model: Model, calibration: Calibration) -> list[str]:

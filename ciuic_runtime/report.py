@@ -10,6 +10,7 @@ from ciuic_runtime.bench import Bench
 from ciuic_runtime.engine.llm import LLM
 from ciuic_runtime.engine.request import RequestOutput
 from ciuic_runtime.schedulers.comparison import Comparison
+from ciuic_runtime.schedulers.graph import PHASES
 from ciuic_runtime.schedulers.trace import Trace
 
 
@@ -40,7 +41,7 @@ def run_report(
 
 
 def bench_report(llm: LLM, found: Bench) -> dict[str, Any]:
-    """The median repetition as a run's report, without its text, and the rates of all."""
+    """The median repetition as a run's report, without its text; rates are medians of all, which are there too."""
     one = found.median
     report = run_report(llm, one.outputs, one.comparison, one.trace)
     for key in ("text", "token_ids", "prompt_token_ids", "outputs", "finish_reason", "seed"):
@@ -53,7 +54,8 @@ def bench_report(llm: LLM, found: Bench) -> dict[str, Any]:
         }
         for r in found.rounds
     ]
-    return {**report, "rounds": rounds, "spread": found.spread, "drift": found.drift}
+    medians = {f"{phase}_tokens_per_s": found.tokens_per_s(phase) for phase in PHASES}
+    return {**report, **medians, "rounds": rounds, "spread": found.spread, "drift": found.drift}
 
 
 def _output(o: RequestOutput) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def _first(uses: Array, room: float) -> Array:
 
 
 def _recently_used(uses: Array, room: float) -> Array:
-    """Che's approximation of LRU (Che, Tung & Wang 2002; Fricker, Robert & Roberts 2012): an expert stays if it was used
-    again within the time T that the cache takes to be filled, sum over experts of 1 - exp(-uses x T) = room."""
+    """Che's approximation of LRU (Che, Tung & Wang 2002; Fricker, Robert & Roberts 2012): an expert stays if it was
+    used again within the time T that the cache takes to be filled, sum over experts of 1 - exp(-uses x T) = room."""
     if (uses > 0).sum() <= room:
         return (uses > 0).astype(float)
     low, high = 0.0, 1.0

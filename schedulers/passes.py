@@ -100,7 +100,7 @@ class _Disk:
         """How many times as much was read as is expected, where that is known."""
         if step.read_bytes is None:
             return 1.0
-        expected = sum(self.needs(op, step)[1] for op in program if op.paged)
+        expected: float = sum(self.needs(op, step)[1] for op in program if op.paged)
         return step.read_bytes / expected if expected else 0.0
 
 

@@ -245,27 +245,33 @@ def _why_not_run(schedule: Schedule) -> str:
     return f"it streams weights from {way} in every pass, which this version plans and simulates but does not run"
 
 
-def _nothing_fits(scored: Sequence[_Scored]) -> str:
+def _nothing_fits(scored: Sequence[_Scored]) -> OutOfMemory:
     """One line: the only reason, or what all plans have in common and the one that lacks least."""
-    if len({one.why_not for one in scored}) == 1:
-        return scored[0].why_not
     topology = scored[0].schedule.topology
     rooms = {d.name: capacity(d) for d in topology.compute_devices}
-    each = ", ".join(f"{format_bytes(room)} on {name}" for name, room in rooms.items())
+
+    def lacking(one: _Scored) -> dict[str, int]:
+        return {d: n - rooms[d] for d, n in one.prediction.memory_bytes.items() if n > rooms[d]}
 
     def lacks(one: _Scored) -> float:
         streams = bool(_why_not_run(one.schedule))  # what fits but cannot be run is no answer
-        return sum(max(0, n - rooms[d]) for d, n in one.prediction.memory_bytes.items()) or (math.inf if streams else 0)
+        return sum(lacking(one).values()) or (math.inf if streams else 0)
 
     nearest = min(scored, key=lacks)
-    return f"none of {len(scored)} plans fits in {each}; nearest is '{nearest.schedule.policy}': {nearest.why_not}"
+    most = max(lacking(nearest), key=lambda d: lacking(nearest)[d], default=next(iter(rooms)))
+    need = nearest.prediction.memory_bytes.get(most, 0)
+    if len({one.why_not for one in scored}) == 1:
+        return OutOfMemory(scored[0].why_not, need=need, capacity=rooms[most])
+    each = ", ".join(f"{format_bytes(room)} on {name}" for name, room in rooms.items())
+    what = f"none of {len(scored)} plans fits in {each}; nearest is '{nearest.schedule.policy}': {nearest.why_not}"
+    return OutOfMemory(what, need=need, capacity=rooms[most])
 
 
 def _choose(scored: Sequence[_Scored], others: Sequence[Candidate], goal: Goal, error: float) -> Schedule:
     """The fastest trivial plan, unless another is forecast faster by more than the model may be wrong."""
     fitting = [one for one in scored if not one.why_not]
     if not fitting:
-        raise OutOfMemory(_nothing_fits(scored))
+        raise _nothing_fits(scored)
     best = min(fitting, key=lambda one: one.seconds(goal))
     trivial = min((one for one in fitting if one.trivial), key=lambda one: one.seconds(goal), default=best)
     gain = trivial.seconds(goal) / best.seconds(goal) - 1

@@ -12,7 +12,7 @@ import pytest
 from ciuic_runtime.history import Rate, Record, history_file, read_history, remember, score, scores
 
 RECORD = Record(
-    "2026-11-26T12:00:00+00:00", "a CPU, 2 threads, avx2", "tiny", "int4", "all on cpu", "1 x (8 prompt + 4 new) tokens",
+    "2026-11-26T12:00:00+00:00", "a CPU, 2 threads, avx2", "tiny", "int4", "all on cpu", "1 x (8 + 4) tokens",
     "measured", (8.0, 12.0), Rate(100.0, 80.0, 90.0), Rate(10.0, 11.0),
 )  # fmt: skip
 

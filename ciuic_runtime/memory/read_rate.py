@@ -1,0 +1,85 @@
+"""How fast a packed folder's own pages come from disk by the reader that paging uses, at this moment.
+Knows no cache of figures: what a disk gives changes from minute to minute, and looking takes half a second."""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ciuic_runtime.memory.arena import HostArena
+from ciuic_runtime.memory.page_store import PageStore
+from ciuic_runtime.memory.source import IO_THREADS, PIECE_NBYTES
+from ciuic_runtime.models.config import load_spec
+
+READER = "ciuic_runtime.memory._page_reader"
+SECONDS, WINDOWS = 0.6, 3
+USUAL = 2e9  # bytes/s: of a small folder no more is read than a few times all of it
+IN_FLIGHT = 4  # pages asked for at once
+
+
+class PageStream:
+    """Pages of one size of a packed folder, read in a random order, always some at once; nothing is kept."""
+
+    def __init__(self, folder: str | Path, io_threads: int = IO_THREADS) -> None:
+        from ciuic_runtime.memory._page_reader import PageReader
+
+        self._store = PageStore(folder)
+        self.nbytes = statistics.mode(self._store.pages.values())  # of a page: what most are as large as
+        self.pages = [page for page, size in self._store.pages.items() if size == self.nbytes]
+        random.Random(time.perf_counter_ns()).shuffle(self.pages)  # others than those that the disk remembers
+        arena = HostArena(IN_FLIGHT * self.nbytes)
+        self._free = [arena.take(self.nbytes).zero_() for _ in range(IN_FLIGHT)]
+        self._reading: dict[int, torch.Tensor] = {}
+        self._reader = PageReader(io_threads, PIECE_NBYTES)
+        self._asked = 0
+
+    def run(self, more: Callable[[], bool]) -> int:
+        """Reads as long as `more`; the bytes that came."""
+        done = 0
+        while self._reading or more():
+            while self._free and more():
+                self._ask(self._free.pop())
+            for ticket, errno, *_ in self._reader.finished(0.1):
+                if errno:
+                    raise OSError(errno, os.strerror(errno), str(self._store.path))
+                self._free.append(self._reading.pop(ticket))
+                done += self.nbytes
+        return done
+
+    def _ask(self, slot: torch.Tensor) -> None:
+        page = self.pages[self._asked % len(self.pages)]
+        file, offset = self._store.file_of(page), self._store.offset(page)
+        ticket = self._reader.submit(file.direct, file.plain, offset, slot.numel(), slot.data_ptr(), self._asked)
+        self._reading[ticket] = slot
+        self._asked += 1
+
+    def close(self) -> None:
+        self._reader.stop()
+        self._store.close()
+
+
+def read_rate(folder: str | Path) -> float | None:
+    """bytes/s of reading pages in any order; None where nothing is packed, or there is no compiled reader."""
+    if not Path(folder).is_dir() or not load_spec(folder).packed or find_spec(READER) is None:
+        return None
+    stream = PageStream(folder)
+    try:
+        seconds = min(SECONDS, 4 * len(stream.pages) * stream.nbytes / USUAL) / WINDOWS
+        return statistics.median(_window(stream, seconds) for _ in range(WINDOWS))
+    finally:
+        stream.close()
+
+
+def _window(stream: PageStream, seconds: float) -> float:
+    """At least one page."""
+    start = time.perf_counter()
+    left = iter([True])
+    done = stream.run(lambda: next(left, False) or time.perf_counter() - start < seconds)
+    return done / (time.perf_counter() - start)
