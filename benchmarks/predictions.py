@@ -25,13 +25,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from disk import best, disk_rates
 from limits import Limits, measure
 from machine import machine_line
 
+from ciuic_runtime.memory.read_rate import read_rate
+
 MOST_CHANGE = 0.05
 MEDIAN_GOAL, WORST_GOAL = 0.10, 0.20
-LOOKS = 8
+LOOKS = 6
 ROUNDS = 3
 NAIVE = ("--cache-policy", "lru", "--lookahead", "0")
 CIUIC = Path(sys.executable).with_name("ciuic")
@@ -125,9 +126,8 @@ def predict(folder: Path, into: Path, cases: list[Case], calibrate: bool) -> Pat
     for model, threads in dict.fromkeys((c.model, c.threads) for c in cases):
         fresh = ["--fresh"] if calibrate else []
         _ciuic("calibrate", str(folder / model), "--threads", str(threads), *fresh)
-    _ciuic("devices", "--measure", "fresh", "--path", str(folder))
     looks = {threads: asdict(_look(threads)) for threads in {c.threads for c in cases}}
-    disks = {model: best(disk_rates(folder / model, 0.5)) for model in {c.model for c in cases if c.memory}}
+    disks = {model: read_rate(folder / model) for model in {c.model for c in cases if c.memory}}
     predictions = []
     for case in cases:
         plan = _forecast(case, folder)
@@ -196,7 +196,7 @@ def run(folder: Path, file: Path) -> None:
 
 
 def _looks(case: Case, folder: Path) -> dict[str, Any]:
-    disk = best(disk_rates(folder / case.model, 0.5)) if case.memory else None
+    disk = read_rate(folder / case.model) if case.memory else None
     return {"limits": asdict(_look(case.threads)), "disk": disk}
 
 

@@ -3,7 +3,6 @@ Knows how pages come while others are computed with (paging, double buffering); 
 
 from __future__ import annotations
 
-import operator
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,7 +93,7 @@ class _Disk:
         if not op.task.popularity:
             return sum(away) / len(away)
         touched = [op.task.expected_experts(tokens, (e,)) for e in experts]
-        return sum(map(operator.mul, touched, away)) / (sum(touched) or 1.0)
+        return sum(t * a for t, a in zip(touched, away, strict=True)) / (sum(touched) or 1.0)
 
     def excess(self, step: Step, program: Iterable[Op]) -> float:
         """How many times as much was read as is expected, where that is known."""
