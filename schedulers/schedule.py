@@ -63,6 +63,15 @@ class Schedule:
         used = {name for row in self.assignments for name in (row.device, row.home)}
         return tuple(d.name for d in self.topology.devices if d.name in used)
 
+    @property
+    def why_not_run(self) -> str:
+        """What no executor of this version carries out; "" for what can be run."""
+        streamed = next((row for row in self.assignments if row.home != row.device), None)
+        if streamed is None or (self.paging and self.devices_used() == (self.paging.device,)):
+            return ""
+        way = f"{streamed.home} to {streamed.device}"
+        return f"it streams weights from {way} in every pass, which this version plans and simulates but does not run"
+
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights by the device that stores them."""
         total: dict[str, int] = {}

@@ -233,16 +233,7 @@ def _score(schedule: Schedule, graph: TaskGraph, cost: CostModel, trivial: bool)
         schedule.check_memory(graph)
     except OutOfMemory as error:
         why_not = str(error)
-    return _Scored(schedule, predict(schedule, graph, cost), trivial, why_not or _why_not_run(schedule))
-
-
-def _why_not_run(schedule: Schedule) -> str:
-    """What no executor of this version carries out; "" for what can be run."""
-    streamed = next((row for row in schedule.assignments if row.home != row.device), None)
-    if streamed is None or (schedule.paging and schedule.devices_used() == (schedule.paging.device,)):
-        return ""
-    way = f"{streamed.home} to {streamed.device}"
-    return f"it streams weights from {way} in every pass, which this version plans and simulates but does not run"
+    return _Scored(schedule, predict(schedule, graph, cost), trivial, why_not or schedule.why_not_run)
 
 
 def _nothing_fits(scored: Sequence[_Scored]) -> OutOfMemory:
@@ -254,7 +245,7 @@ def _nothing_fits(scored: Sequence[_Scored]) -> OutOfMemory:
         return {d: n - rooms[d] for d, n in one.prediction.memory_bytes.items() if n > rooms[d]}
 
     def lacks(one: _Scored) -> float:
-        streams = bool(_why_not_run(one.schedule))  # what fits but cannot be run is no answer
+        streams = bool(one.schedule.why_not_run)  # what fits but cannot be run is no answer
         return sum(lacking(one).values()) or (math.inf if streams else 0)
 
     nearest = min(scored, key=lacks)

@@ -208,6 +208,8 @@ def _schedule_for(
     else:
         schedule = replace(given, workload=work, topology=topology.only(given.places_used()))
         schedule.validate(model.graph)
+        if schedule.why_not_run:
+            raise InvalidInput(f"the schedule of {schedule.model.name} cannot be run: {schedule.why_not_run}")
         schedule.check_memory(model.graph, work)
     _check_host(schedule, model.graph, work)
     return schedule

@@ -166,3 +166,16 @@ def test_torch_operators_need_room_for_unpacked_weights(monkeypatch: pytest.Monk
         setup._check_unpacked(model)
     monkeypatch.setattr(setup, "capacity", lambda device: 2 * model.graph.parameters)
     setup._check_unpacked(model)
+
+
+def test_a_schedule_that_streams_is_refused_before_anything_is_loaded(
+    tiny_v3: Path, here: ciuic.Topology, schedule: ciuic.Schedule
+) -> None:
+    sim = ciuic.DeviceSpec(
+        "sim:0", "SIM", memory_bytes=1 << 30, memory_bandwidth=1e10, matrix_rates={"bfloat16": 1e11}
+    )
+    rows = (replace(schedule.assignments[0], device="sim:0"), *schedule.assignments[1:])
+    streams = replace(schedule, assignments=rows, topology=ciuic.Topology((*schedule.topology.devices, sim)))
+    streams.validate(ciuic.Model(tiny_v3).graph)
+    with pytest.raises(ciuic.InvalidInput, match="cannot be run: it streams weights from cpu to sim:0"):
+        ciuic.LLM(tiny_v3, schedule=streams, devices=here)
