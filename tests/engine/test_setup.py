@@ -171,9 +171,7 @@ def test_torch_operators_need_room_for_unpacked_weights(monkeypatch: pytest.Monk
 def test_a_schedule_that_streams_is_refused_before_anything_is_loaded(
     tiny_v3: Path, here: ciuic.Topology, schedule: ciuic.Schedule
 ) -> None:
-    sim = ciuic.DeviceSpec(
-        "sim:0", "SIM", memory_bytes=1 << 30, memory_bandwidth=1e10, matrix_rates={"bfloat16": 1e11}
-    )
+    sim = ciuic.DeviceSpec("sim:0", "SIM", memory_bytes=1 << 30, memory_bandwidth=1e10, matrix_rates={"bfloat16": 1e11})
     rows = (replace(schedule.assignments[0], device="sim:0"), *schedule.assignments[1:])
     streams = replace(schedule, assignments=rows, topology=ciuic.Topology((*schedule.topology.devices, sim)))
     streams.validate(ciuic.Model(tiny_v3).graph)
