@@ -74,6 +74,13 @@ CASES = (
     Case("int4 in 4 GB", "v2-lite-int4", "int4", 512, 32, memory="4GB"),
     Case("bf16, 6 layers, in 5 GB", "v2-lite-bf16-6", "bfloat16", 256, 32, memory="5GB"),
     Case("int8, 9 layers, in 3 GB, batch 2", "v2-lite-int8-9", "int8", 128, 32, batch=2, memory="3GB"),
+    Case("int4 in 5 GB, context 1024", "v2-lite-int4", "int4", 1024, 32, memory="5GB"),
+    Case("int4 in 6 GB, batch 4", "v2-lite-int4", "int4", 128, 32, batch=4, memory="6GB"),
+    Case("int4 in 7 GB, 1 thread", "v2-lite-int4", "int4", 128, 32, threads=1, memory="7GB"),
+    Case("int8, 9 layers, in 4 GB", "v2-lite-int8-9", "int8", 512, 48, memory="4GB"),
+    Case("int8, 9 layers, in 2 GB", "v2-lite-int8-9", "int8", 256, 32, memory="2GB"),
+    Case("bf16, 6 layers, in 4 GB", "v2-lite-bf16-6", "bfloat16", 512, 32, memory="4GB"),
+    Case("bf16, 6 layers, in 6 GB, batch 2", "v2-lite-bf16-6", "bfloat16", 256, 32, batch=2, memory="6GB"),
 )
 MAKE = {
     "v2-lite-int4": ("--format", "int4"),
@@ -270,12 +277,16 @@ def report(into: Path) -> str:
     found = [abs(e) for r in counting.values() for e in errors(r)]
     every = [abs(e) for r in runs for e in errors(r)]
     voids = [r for r in runs if r["void"]]
+    paged = [r for r in runs if r["naive"]]
+    gains = [r["actual"]["decode"] / r["naive"]["decode"] for r in paged]
     lines = [
         machine_line(),
         f"{len(counting)} of {len(CASES)} configurations with a run that counts; {len(voids)} of {len(runs)} runs void",
         *([f"counting runs: median error {statistics.median(found):.1%} (goal {MEDIAN_GOAL:.0%}), "
            f"worst {max(found):.1%} (goal {WORST_GOAL:.0%})"] if found else []),
         f"all runs, void ones too: median error {statistics.median(every):.1%}, worst {max(every):.1%}",
+        *([f"paging forced, {len({r['case']['name'] for r in paged})} configurations: decode {min(gains):.2f} to "
+           f"{max(gains):.2f} x the naive plan"] if gains else []),
         "",
         "forecast -> measured tokens/s; commit of the forecast",
         *(f"{r['commit']} {_line(r)}" for r in runs),
