@@ -3,7 +3,6 @@ machine's limits they reach. Times whole tasks as the executor runs them; which 
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
 from collections import Counter, defaultdict
@@ -33,7 +32,6 @@ from ciuic_runtime.schedulers.calibration import PASS, SAMPLE, Calibration, Curv
 from ciuic_runtime.schedulers.cost import CostModel, parts
 from ciuic_runtime.schedulers.graph import PHASES, Phase, Step, Task, TaskGraph
 
-log = logging.getLogger("ciuic")
 Progress = Callable[[str], None]
 
 BATCHES = (1, 2, 3, 4, 6, 8, 16, 32, 64)  # sequences that decode at once
@@ -66,11 +64,7 @@ class Pass:
 
     @property
     def step(self) -> Step:
-        pairs = sum(n * at + n * (n + 1) / 2 for n, at in self.sequences)
-        return Step(
-            self.phase, self.tokens, len(self.sequences), pairs, float(sum(n + at for n, at in self.sequences)),
-            len(self.sequences),
-        )  # fmt: skip
+        return Step.of(self.phase, [(at, tokens) for tokens, at in self.sequences], len(self.sequences))
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 
 from ciuic_runtime import __version__
 from ciuic_runtime.devices.errors import InvalidInput
-from ciuic_runtime.devices.files import write_whole
+from ciuic_runtime.devices.files import read_entries, write_whole
 from ciuic_runtime.devices.limits import cache_file
 from ciuic_runtime.devices.measure import fingerprint
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
@@ -86,14 +86,7 @@ def _identity(curve: Curve) -> tuple[str, int, str, float]:
 
 
 def _entries() -> dict[str, Any]:
-    try:
-        content = json.loads(_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(content, dict) or content.get("version") != CALIBRATION_VERSION:
-        return {}
-    entries = content.get("curves")
-    return entries if isinstance(entries, dict) else {}
+    return read_entries(_file(), CALIBRATION_VERSION, "curves")
 
 
 def _curve_of(entry: Any) -> Curve | None:

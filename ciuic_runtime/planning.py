@@ -40,8 +40,7 @@ def plan(
 ) -> Schedule:
     """The schedule for `model` on `hw` (None: this machine), with what it is forecast to do. Where memory is too small,
     pages may be read from `disk`, a folder (None: where the model is, if `hw` is this machine). `calibration`: what the
-    operators reach (None: as
-    measured before with these `kernels`; `calibrate` measures it).
+    operators reach (None: as measured before with these `kernels`; `ciuic calibrate` measures it).
 
     Raises InvalidInput for what cannot be asked, OutOfMemory, with the figures, where nothing fits."""
     hw = hw or DeviceManager(path=None)
@@ -71,17 +70,12 @@ def with_disk(topology: Topology, path: str | Path) -> Topology:
         return topology
     cpus = [d.name for d in topology.by_kind("CPU")]
     disk, links = measured_disk(path, cpus, progress=lambda what: log.info("%s", what))
-    if (rate := _page_rate(path)) is not None:
+    from ciuic_runtime.memory.read_rate import read_rate  # loads torch, which most plans do without
+
+    if (rate := read_rate(path)) is not None:
         disk = replace(disk, memory_bandwidth=rate)
         links = [replace(link, bandwidth=rate) for link in links]
     return replace(topology, devices=(*topology.devices, disk), links=(*topology.links, *links))
-
-
-def _page_rate(path: str | Path) -> float | None:
-    """bytes/s; None where nothing is packed, or nothing here could read it."""
-    from ciuic_runtime.memory.read_rate import read_rate  # loads torch, which most plans do without
-
-    return read_rate(path)
 
 
 def _basis_notes(schedule: Schedule, model: Model, calibration: Calibration) -> list[str]:

@@ -3,9 +3,11 @@ Knows nothing of what is in them."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ciuic_runtime.devices.errors import InvalidInput
 
@@ -36,3 +38,15 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     except OSError as error:
         os.unlink(name)
         raise InvalidInput(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_entries(path: Path, version: int, key: str) -> dict[str, Any]:
+    """What a cache of ours holds under `key`; nothing where it is absent, damaged or of another version."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, dict) or content.get("version") != version:
+        return {}
+    entries = content.get(key)
+    return entries if isinstance(entries, dict) else {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ciuic_runtime.devices.errors import InvalidInput
-from ciuic_runtime.devices.files import write_whole
+from ciuic_runtime.devices.files import read_entries, write_whole
 from ciuic_runtime.devices.spec import DeviceSpec
 
 log = logging.getLogger(__name__)
@@ -109,14 +109,7 @@ def _mean(one: Mapping[Any, float], other: Mapping[Any, float]) -> dict[Any, flo
 
 def _entries(file: Path) -> dict[str, Any]:
     """The cache's content; nothing where it is absent, damaged or of another version."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(content, dict) or content.get("version") != MEASURE_VERSION:
-        return {}
-    entries = content.get("limits")
-    return entries if isinstance(entries, dict) else {}
+    return read_entries(file, MEASURE_VERSION, "limits")
 
 
 def _from_json(entry: Mapping[str, Any]) -> Limits:

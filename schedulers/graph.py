@@ -38,6 +38,16 @@ class Step:
     read_bytes: float | None = None  # of pages read from disk during the pass; None: as many as are expected
 
     @staticmethod
+    def of(
+        phase: Phase, spans: Sequence[tuple[int, int]], sampled: int, touched: float | None = None,
+        read_bytes: float | None = None,
+    ) -> Step:  # fmt: skip
+        """A pass over `spans` of sequences: (position of the first new token, new tokens), causally attended."""
+        pairs = sum(n * at + n * (n + 1) / 2 for at, n in spans)
+        tokens, positions = sum(n for _, n in spans), float(sum(at + n for at, n in spans))
+        return Step(phase, tokens, len(spans), pairs, positions, sampled, touched, read_bytes)
+
+    @staticmethod
     def prefill(prompt_tokens: int, batch: int = 1, start: int = 0) -> Step:
         """The last `prompt_tokens` of `batch` prompts, from position `start` on, causally attended."""
         pairs = batch * (prompt_tokens * start + prompt_tokens * (prompt_tokens + 1) / 2)

@@ -3,7 +3,6 @@ fit, and which of them the cache policy keeps. Knows expectations only; what hap
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -61,8 +60,3 @@ def _kept(uses: Array, time: float) -> Array:
 _RATES: dict[str, Callable[[Array, float], Array]] = {
     "lfu": _most_used, "popularity": _most_used, "lru": _recently_used, "pin": _first,
 }  # fmt: skip
-
-
-def expected_misses(uses: Array, rates: Array) -> float:
-    """Experts that a pass is expected to have to read."""
-    return math.fsum(uses * (1.0 - rates))

@@ -127,11 +127,8 @@ class _Requests:
 
     def _step(self, phase: Phase, tokens: Mapping[int, int]) -> Step:
         """A pass over so many tokens of each request."""
-        spans = [(self.running[i], self.running[i] + n) for i, n in tokens.items()]
-        pairs = sum((end - start) * (start + end + 1) / 2 for start, end in spans)
         sampled = sum(self.running[i] + n >= self.requests[i].prompt_tokens for i, n in tokens.items())
-        positions = float(sum(end for _, end in spans))
-        return Step(phase, sum(tokens.values()), len(spans), pairs, positions, sampled)
+        return Step.of(phase, [(self.running[i], n) for i, n in tokens.items()], sampled)
 
     def _computed(self, i: int, tokens: int) -> None:
         engine, request = self.run.engine, self.requests[i]

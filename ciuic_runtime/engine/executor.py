@@ -140,12 +140,8 @@ class LocalExecutor:
         """The pass as the cost model sees it, with the experts that it used and what it had to read."""
         touched = sum(self.touched) / len(self.touched) if self.touched else None
         read = float(self.memory.bytes_read_in_step) if self.memory is not None else None
-        sequences = batch.sequences
-        return Step(
-            phase, batch.num_tokens, len(sequences),
-            sum(s.length * s.position + s.length * (s.length + 1) / 2 for s in sequences),
-            float(sum(s.context for s in sequences)), len(batch.sampled_rows), touched, read,
-        )  # fmt: skip
+        spans = [(s.position, s.length) for s in batch.sequences]
+        return Step.of(phase, spans, len(batch.sampled_rows), touched, read)
 
     def read(self, page: str, nbytes: int, start: float, end: float) -> None:
         """Records a page's way from disk, on the first lane that is not busy meanwhile."""

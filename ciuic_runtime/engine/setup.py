@@ -164,7 +164,7 @@ def _fit(model: Model, topology: Topology, config: RuntimeConfig, given: Schedul
     try:
         return _largest(model, topology, config, None, paged=False)
     except OutOfMemory:
-        return _largest(model, topology, config, None, paged=True)
+        return _largest(model, with_disk(topology, model.source), config, None, paged=True)  # looks at it once
 
 
 def _largest(
@@ -203,7 +203,7 @@ def _schedule_for(
             topology = topology.only(d.name for d in topology.devices if d.kind != "DISK")
         schedule = plan(
             model, topology, memory=config.memory, goal=config.goal or "latency", workload=work,
-            placement=config.placement, kernels=config.kernels, disk=model.source if paged else None,
+            placement=config.placement, kernels=config.kernels,
         )  # fmt: skip
     else:
         schedule = replace(given, workload=work, topology=topology.only(given.places_used()))

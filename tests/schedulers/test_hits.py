@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from test_policies_on_traces import drawn
 
-from ciuic_runtime.schedulers.hits import expected_misses, hit_rates
+from ciuic_runtime.schedulers.hits import Array, hit_rates
 from ciuic_runtime.schedulers.replay import hit_rate
+
+
+def expected_misses(uses: Array, rates: Array) -> float:
+    """Experts that a pass is expected to have to read."""
+    return math.fsum(uses * (1.0 - rates))
+
 
 POLICIES = ("lfu", "lru", "popularity", "pin")
 
