@@ -19,12 +19,18 @@ class Workload:
     prompt_tokens: int = 512
     max_tokens: int = 128  # new tokens per sequence
     batch: int = 1  # sequences at once
+    kv_tokens: int | None = None  # positions that the cache holds; None: the whole context of each sequence
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "max_tokens", "batch"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
                 raise InvalidInput(f"workload: {name} is {value!r}; it must be a whole number from 1 to {LARGEST}")
+        if self.kv_tokens is not None and self.kv_tokens < self.context:
+            raise InvalidInput(
+                f"workload: a cache of {self.kv_tokens} positions does not hold one sequence of {self.context}; "
+                "make it larger, or the context shorter"
+            )
 
     @property
     def context(self) -> int:
@@ -33,8 +39,7 @@ class Workload:
 
     @property
     def cache_tokens(self) -> int:
-        """Positions that the cache has room for: whole blocks for every sequence."""
-        return self.batch * -(-self.context // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS
+        return cache_tokens(self.context, self.batch, self.kv_tokens)
 
     @property
     def mean_decode(self) -> Step:
@@ -43,6 +48,13 @@ class Workload:
 
     def __str__(self) -> str:
         return f"{self.batch} x ({self.prompt_tokens} prompt + {self.max_tokens} new) tokens"
+
+
+def cache_tokens(context: int, batch: int, most: int | None = None) -> int:
+    """Positions that the cache has room for: whole blocks, for every sequence's whole context, or `most` in all."""
+    each = -(-context // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS
+    every = batch * each
+    return every if most is None else min(every, max(each, most // CACHE_BLOCK_TOKENS * CACHE_BLOCK_TOKENS))
 
 
 def parse_goal(goal: str) -> Goal:

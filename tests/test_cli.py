@@ -266,18 +266,18 @@ def test_a_schedule_for_another_model_is_refused(
 def test_an_interrupted_batch_shows_every_prompt(
     ciuic, here_toml: Path, tiny_v3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ciuic_runtime.engine.llm import LLM
+    from ciuic_runtime.engine.engine import Engine
 
     steps = []
-    step = LLM._step
+    step = Engine.step
 
-    def interrupted(self: LLM, decision: Any) -> Any:
-        steps.append(decision)
+    def interrupted(self: Engine) -> Any:
+        steps.append(1)
         if len(steps) == 3:
             raise KeyboardInterrupt
-        return step(self, decision)
+        return step(self)
 
-    monkeypatch.setattr(LLM, "_step", interrupted)
+    monkeypatch.setattr(Engine, "step", interrupted)
     arguments = ("run", tiny_v3, "--prompt", "Hello", "--prompt", "x", "--ignore-eos", "--devices", here_toml)
     done = ciuic(*arguments)
     assert done.code == 130
@@ -297,19 +297,19 @@ def test_an_interrupted_batch_shows_every_prompt(
 def test_a_chat_goes_on_after_an_answer_was_stopped_at_once(
     ciuic, here_toml: Path, smollm2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ciuic_runtime.engine.llm import LLM
+    from ciuic_runtime.engine.engine import Engine
 
     questions = iter(["Hello", "What is the capital of France?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(questions))
-    step, calls = LLM._step, []
+    step, calls = Engine.step, []
 
-    def interrupted(self: LLM, decision: Any) -> Any:
-        calls.append(decision)
+    def interrupted(self: Engine) -> Any:
+        calls.append(1)
         if len(calls) == 1:
             raise KeyboardInterrupt
-        return step(self, decision)
+        return step(self)
 
-    monkeypatch.setattr(LLM, "_step", interrupted)
+    monkeypatch.setattr(Engine, "step", interrupted)
     done = ciuic("chat", smollm2, "--max-tokens", "12", "--devices", here_toml, "--json")
     assert done.code == 0
     messages = done.json["messages"]

@@ -119,3 +119,15 @@ def test_a_plan_from_disk_is_saved_edited_and_carried_out(
     refused = ciuic("run", tiny_int4, "--prompt", "x", "--schedule", saved)
     assert refused.code == 2
     assert "stored on disk and computed on cpu" in refused.err
+
+
+def test_what_a_rule_stores_on_disk_is_read_from_there_though_everything_would_fit(
+    ciuic, tiny_int4: Path, here_toml: Path, tmp_path: Path
+) -> None:
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[put]]\npattern = "layers.*.experts.*"\non = "cpu"\nstore = "disk"\n')
+    whole = ciuic("run", tiny_int4, *options(here_toml, "--json"))
+    done = ciuic("run", tiny_int4, *options(here_toml, "--placement", rules, "--json"))
+    assert done.code == 0, done.out
+    assert {row["home"] for row in done.json["schedule"]["assignments"] if ".experts." in row["task"]} == {"disk"}
+    assert done.json["token_ids"] == whole.json["token_ids"]

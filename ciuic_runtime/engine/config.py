@@ -33,6 +33,8 @@ class RuntimeConfig:
     io_threads: int | None = None  # that read pages from disk
     paged: bool | None = None  # pages in slots; None: where the checkpoint is packed, or does not fit
     routing: str | Path | None = None  # a recording (`ciuic run --record-routing`) that says which experts are popular
+    kv_tokens: int | None = None  # positions in the cache, all sequences together; None: every one's whole context
+    serving: bool = False  # requests come at any time: prompts and decodes share passes, requests share prefixes
     kernels: str = "auto"  # instruction set of the native operators, "reference" for torch's; "auto": the best here
 
     def __post_init__(self) -> None:
@@ -44,6 +46,7 @@ class RuntimeConfig:
             ("threads", 4096),
             ("prefill_chunk", 2**20),
             ("io_threads", 256),
+            ("kv_tokens", 2**40),
         ):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)

@@ -1,15 +1,17 @@
 """`LLM`: a checkpoint opened, a schedule carried out, prompts turned into text.
-The queue decides what runs next, the executor runs it, and this class only moves results between them."""
+The engine runs the passes; this class sets it up and turns what people give and get into requests and outputs."""
 
 from __future__ import annotations
 
+import itertools
 import operator
 import resource
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 
@@ -17,17 +19,18 @@ from ciuic_runtime.devices.backends import open_backend
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput
 from ciuic_runtime.devices.manager import DeviceManager
 from ciuic_runtime.devices.spec import Topology
+from ciuic_runtime.engine.batching import Batching
 from ciuic_runtime.engine.config import RuntimeConfig
+from ciuic_runtime.engine.engine import Engine
 from ciuic_runtime.engine.executor import LocalExecutor
-from ciuic_runtime.engine.queue import Decision, RequestQueue
 from ciuic_runtime.engine.recorder import Recorder
 from ciuic_runtime.engine.request import Request, RequestOutput
 from ciuic_runtime.engine.routing import RoutingRecorder
-from ciuic_runtime.engine.sampling import SamplingParams, sample
+from ciuic_runtime.engine.sampling import SamplingParams
 from ciuic_runtime.engine.setup import set_up
 from ciuic_runtime.engine.text import NoText, TextStream
 from ciuic_runtime.memory.hierarchy import MemoryHierarchy
-from ciuic_runtime.memory.kv_cache import blocks_for
+from ciuic_runtime.memory.kv_cache import BLOCK_TOKENS, blocks_for
 from ciuic_runtime.memory.paging import PagingReport
 from ciuic_runtime.model import Model
 from ciuic_runtime.models.batch import Chunk, make_batch
@@ -38,10 +41,14 @@ from ciuic_runtime.schedulers.comparison import Comparison
 from ciuic_runtime.schedulers.graph import PHASES, Phase
 from ciuic_runtime.schedulers.memory import memory_need
 from ciuic_runtime.schedulers.placement import Placement
+from ciuic_runtime.schedulers.policies.mixing import Mixing, PassTimes
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.steps import workload_steps
 from ciuic_runtime.schedulers.trace import Trace
-from ciuic_runtime.schedulers.workload import Workload
+from ciuic_runtime.schedulers.workload import Workload, cache_tokens
+
+if TYPE_CHECKING:
+    from ciuic_runtime.engine.guide import Guide
 
 Prompt = str | Sequence[int]
 DEFAULT_LOOKAHEAD = 2
@@ -66,6 +73,8 @@ class Settings(TypedDict, total=False):
     paged: bool | None
     routing: str | Path | None
     kernels: str
+    kv_tokens: int | None
+    serving: bool
 
 
 class LLM:
@@ -93,7 +102,7 @@ class LLM:
         self._recorder = Recorder()
         used = self.schedule.devices_used()
         self._backends = {name: open_backend(self.topology.device(name), self.topology) for name in used}
-        num_blocks = blocks_for(self.context) * self.max_num_seqs
+        num_blocks = cache_tokens(self.context, self.max_num_seqs, config.kv_tokens) // BLOCK_TOKENS
         self._memory = self._open_memory(config)
         asked = DEFAULT_LOOKAHEAD if config.lookahead is None else config.lookahead
         lookahead = self.schedule.paging.lookahead if self.schedule.paging else asked
@@ -101,7 +110,8 @@ class LLM:
             self.model.spec, self.model.graph, self.schedule, self._checkpoint, self._backends, num_blocks,
             self._recorder, progress, self.kernels, self.threads, self._setup.replaced, self._memory, lookahead,
         )  # fmt: skip
-        self._queue = RequestQueue(num_blocks, self.max_num_seqs, config.prefill_chunk)
+        self._next_index = itertools.count()
+        self.engine = Engine(self._executor, self._batching(num_blocks, config))
         self._tokenizer: Tokenizer | None = None
         self._closed = False
         self._warm_up()
@@ -149,6 +159,11 @@ class LLM:
     def topology(self) -> Topology:
         return self._setup.topology
 
+    @cached_property
+    def pass_times(self) -> PassTimes | None:
+        """What passes are forecast to take; None where a device's speed is not known."""
+        return self._setup.pass_times()
+
     @property
     def context(self) -> int:
         """Positions per sequence, prompt and output, that fit."""
@@ -186,14 +201,19 @@ class LLM:
         self._check_idle()
         self._forecast(requests)
         self._clear_records()
-        for request in requests:
-            self._queue.add(request)
         try:
-            while decision := self._queue.decide():
-                yield from self._step(decision)
+            for request in requests:
+                self.engine.add(request)
+            while self.engine.busy:
+                for update in self.engine.step()[1]:
+                    if update.error:
+                        raise CiuicError(update.error)
+                    yield update.text, update.request.output()
         finally:
-            for request in self._queue.clear():
-                request.finish("interrupted")
+            if unfinished := [request for request in requests if not request.finish_reason]:
+                self.engine.batching.reset()
+                for request in unfinished:
+                    request.finish("interrupted")
 
     def record_routing(self) -> RoutingRecorder:
         """From now on, which experts each token uses; the recorder's `routing()` is what was recorded so far."""
@@ -209,18 +229,23 @@ class LLM:
         self._clear_records()
         self._check_ids(token_ids, "the prompt")
         self._check_length(len(token_ids), 0, "the prompt")
-        blocks = tuple(range(blocks_for(len(token_ids))))
+        pool = self.engine.batching.blocks
+        blocks = pool.allocate(blocks_for(len(token_ids)))
         size = chunk or self.model.prefill_chunk
         parts = []
-        for at in range(0, len(token_ids), size):
-            piece = Chunk(tuple(token_ids[at : at + size]), at, blocks, prompt=True, sample="all")
-            parts.append(self._executor.step(make_batch([piece]), "prefill").clone())
+        try:
+            for at in range(0, len(token_ids), size):
+                piece = Chunk(tuple(token_ids[at : at + size]), at, tuple(blocks), prompt=True, sample="all")
+                parts.append(self._executor.step(make_batch([piece]), "prefill").clone())
+        finally:
+            pool.release(blocks)
         return torch.cat(parts)
 
     def run_pass(self, chunks: Sequence[Chunk], phase: Phase) -> None:
-        """One pass as given, for measuring; the trace is of it alone afterwards."""
+        """One pass as given, for measuring; the trace is of it alone afterwards, and no prefix is shared that was."""
         self._check_idle()
         self._clear_records()
+        self.engine.batching.blocks.clear()
         self._executor.step(make_batch(chunks), phase)
 
     @property
@@ -276,26 +301,14 @@ class LLM:
         self._executor.step(make_batch([Chunk((0,), 2, (0,), prompt=False)]), "decode")
         self._clear_records()
 
-    def _step(self, decision: Decision) -> Iterator[tuple[str, RequestOutput]]:
-        sampled = [r for r, c in zip(decision.requests, decision.chunks, strict=True) if c.sample]
-        shown: list[tuple[Request, str]] = []
-
-        def sampler(logits: torch.Tensor) -> None:
-            self._queue.computed(decision)
-            shown.extend((r, self._sample(r, row)) for r, row in zip(sampled, logits, strict=True))
-
-        self._executor.step(make_batch(decision.chunks), decision.phase, sampler)
-        self._queue.release_finished()
-        for request, text in shown:
-            yield text, request.output()
-
-    def _sample(self, request: Request, logits: torch.Tensor) -> str:
-        history = request.history if request.params.repetition_penalty != 1.0 else ()
-        try:
-            token = sample(logits, request.params, history, request.seed, request.computed)
-        except FloatingPointError as error:
-            raise CiuicError(f"prompt {request.index}, position {request.computed}: {error}") from error
-        return request.append(token)
+    def _batching(self, num_blocks: int, config: RuntimeConfig) -> Batching:
+        """Prompts first; unless people wait for each other's, and not for the last of them: then as forecasts say."""
+        balanced = config.serving and self.schedule.goal == "latency" and self.pass_times is not None
+        share = Mixing(self.pass_times.seconds, self.model.prefill_chunk) if balanced and self.pass_times else None
+        return Batching(
+            num_blocks, self.max_num_seqs, self.model.prefill_chunk, share, shared_prefixes=config.serving,
+            two_forms=self.model.spec.mla is not None,
+        )  # fmt: skip
 
     def _requests(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
@@ -313,6 +326,14 @@ class LLM:
                 f"{len(every)} prompts and {len(chosen)} sampling parameters; give one for each prompt, or one for all"
             )
         return [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(every, chosen, strict=True))]
+
+    def request(
+        self, prompt: Sequence[int], params: SamplingParams, client: str = "", guide: Guide | None = None
+    ) -> Request:
+        """For an engine that serves: checked, with a number of its own. Raises InvalidInput for what cannot be run."""
+        request = self._request(next(self._next_index), prompt, params)
+        request.client, request.guide = client, guide
+        return request
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         if isinstance(prompt, bytes) or not isinstance(prompt, (str, Iterable)):
@@ -342,8 +363,22 @@ class LLM:
         if self._closed:
             raise InvalidInput("this LLM is closed; open another one")
         self._set_torch_threads()  # another LLM of this process may have chosen otherwise
-        if self._queue.running or self._queue.waiting:
+        if self.engine.busy:
             raise InvalidInput("an earlier stream is not at its end; read it to its end or close() it first")
+
+    @property
+    def paged_memory(self) -> MemoryHierarchy | None:
+        """Where pages are, if some are read from disk while the model runs."""
+        return self._memory if self.schedule.paging else None
+
+    def forget_trace(self, most: int) -> None:
+        """Begins the trace anew if it has more events than that: one that goes on for days must not grow."""
+        if self._recorder.num_events > most:
+            self._recorder.clear()
+
+    def use_in_this_thread(self) -> None:
+        """To be called in a thread before passes run in it."""
+        self._set_torch_threads()
 
     def _set_torch_threads(self) -> None:
         """Where native kernels compute, torch only picks rows and sorts: its threads would get in their way."""

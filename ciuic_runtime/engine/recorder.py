@@ -33,6 +33,10 @@ class Recorder:
         """The number under which `add` knows a task or lane."""
         return self._names.setdefault(name, len(self._names))
 
+    @property
+    def num_events(self) -> int:
+        return self._used
+
     def add(self, task: int, lane: int, start: float, end: float, kind: int = 0, nbytes: int = 0) -> None:
         """One event of the current step; times as time.perf_counter() gives them."""
         if self._used == len(self._rows):

@@ -1,5 +1,5 @@
 """A request while it lives, and what is handed back of it.
-Knows its own tokens and blocks; when it runs is the queue's decision."""
+Knows its own tokens and blocks; when it runs is the batching's decision."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from ciuic_runtime.engine.sampling import SamplingParams
+from ciuic_runtime.engine.sampling import SamplingParams, TokenLogprob
 from ciuic_runtime.engine.text import TextStream
 
-FinishReason = Literal["stop", "length", "interrupted"]
+if TYPE_CHECKING:
+    from ciuic_runtime.engine.guide import Guide
+
+FinishReason = Literal["stop", "length", "interrupted", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,8 @@ class RequestOutput:
     seed: int
     first_token_s: float | None
     total_s: float
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the new tokens, where they were asked for
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # of the prompt's; its first token has none
 
 
 def not_begun(index: int, prompt: Sequence[int]) -> RequestOutput:
@@ -34,17 +39,23 @@ def not_begun(index: int, prompt: Sequence[int]) -> RequestOutput:
     return RequestOutput(index, tuple(prompt), (), "", "interrupted", 0, None, 0.0)
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Request:
     index: int
     prompt: tuple[int, ...]
     params: SamplingParams
     text: TextStream
     eos_token_ids: frozenset[int]
+    client: str = ""  # whose turn it is goes by clients
+    guide: Guide | None = None  # what may come next; None: anything
     token_ids: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose cache entries exist
+    cached: int = 0  # of the prompt's tokens, those whose entries were found in the cache when it was first let in
     blocks: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: str | None = None
     made: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
     last_token: float | None = None
@@ -54,16 +65,26 @@ class Request:
         self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
 
     @property
-    def prompt_left(self) -> int:
-        return max(0, len(self.prompt) - self.computed)
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.token_ids)
 
     @property
     def most_tokens(self) -> int:
         return len(self.prompt) + self.params.max_tokens
 
     @property
+    def catching_up(self) -> bool:
+        """Tokens have to be computed whose successors are known: a prompt, or what was given up for others' sake."""
+        return self.computed < len(self.prompt) or self.computed < self.num_tokens - 1
+
+    @property
     def history(self) -> list[int]:
         return [*self.prompt, *self.token_ids]
+
+    def tokens(self, start: int, end: int) -> tuple[int, ...]:
+        """Of prompt and output, those at positions [start, end)."""
+        n = len(self.prompt)
+        return (*self.prompt[start:end], *self.token_ids[max(0, start - n) : max(0, end - n)])
 
     def append(self, token_id: int) -> str:
         """Takes the next token; returns the text that can be shown for it."""
@@ -87,5 +108,19 @@ class Request:
         end = self.last_token or time.perf_counter()
         return RequestOutput(
             self.index, self.prompt, tuple(self.token_ids), self.text.text, self.finish_reason, self.seed,
-            self.first_token and self.first_token - self.made, end - self.made,
+            self.first_token and self.first_token - self.made, end - self.made, tuple(self.logprobs),
+            tuple(self.prompt_logprobs),
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a pass did for a request."""
+
+    request: Request
+    text: str = ""  # that can be shown now
+    token_ids: tuple[int, ...] = ()  # new ones
+    logprobs: tuple[TokenLogprob, ...] = ()  # of these, where they were asked for
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # when the prompt ends, where they were asked for
+    finish_reason: FinishReason | None = None
+    error: str | None = None  # why it could not go on

@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits: the parameters a user gives, and one pure function.
+"""How the next token is chosen from logits: the parameters a user gives, and pure functions of them and the logits.
 A draw depends on (seed, position) only, so neighbours, restarts and batch order cannot change it."""
 
 from __future__ import annotations
@@ -10,6 +10,17 @@ import numpy as np
 import torch
 
 from ciuic_runtime.devices.errors import InvalidInput
+
+MOST_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely the model found a token, before temperature and the like."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # token ids and their log probabilities, likeliest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +34,18 @@ class SamplingParams:
     seed: int | None = None  # None: drawn afresh for each request, and reported
     stop: tuple[str, ...] = ()  # generation ends before the first of these strings
     ignore_eos: bool = False
+    logprobs: int | None = None  # of each new token, and of so many of the likeliest beside it; None: none
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens; max_tokens may be 0 then
 
     def __post_init__(self) -> None:
         stop: object = self.stop  # one text, or a list of them, is taken too
         if not isinstance(stop, (str, tuple, list)):
             raise InvalidInput(f"stop is {stop!r}; give a text, or a list of them")
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
-        _whole("max_tokens", self.max_tokens, 1, 2**31)
+        _whole("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None else 0, 2**31)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 0, MOST_LOGPROBS)
         _whole("top_k", self.top_k, 0, 2**31)
         if self.seed is not None:
             _whole("seed", self.seed, 0, 2**63)
@@ -59,6 +75,13 @@ def sample(logits: torch.Tensor, params: SamplingParams, history: Sequence[int],
     target = uniform(seed, position) * float(cumulative[-1])
     at = int(torch.searchsorted(cumulative, torch.tensor(target, dtype=torch.float64), right=True))
     return int(ids[min(at, int(probabilities.nonzero()[-1]))])
+
+
+def token_logprob(logits: torch.Tensor, token_id: int, count: int) -> TokenLogprob:
+    """Of a token, and of the `count` likeliest, from logits float32 [vocab]."""
+    all = logits.log_softmax(dim=0)
+    values, ids = all.topk(count) if count else (all[:0], all[:0].long())
+    return TokenLogprob(token_id, float(all[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def uniform(seed: int, position: int) -> float:
@@ -92,7 +115,8 @@ def _penalised(logits: torch.Tensor, penalty: float, history: Sequence[int]) -> 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidInput(f"{name} is {value!r}; it must be a whole number of at least {low}")
+        most = f" and at most {high}" if high < 2**31 else ""
+        raise InvalidInput(f"{name} is {value!r}; it must be a whole number of at least {low}{most}")
 
 
 def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:

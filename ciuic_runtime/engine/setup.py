@@ -27,6 +27,7 @@ from ciuic_runtime.schedulers.calibration import Calibration
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import Step, TaskGraph
 from ciuic_runtime.schedulers.memory import capacity, limit_memory, memory_need
+from ciuic_runtime.schedulers.policies.mixing import PassTimes, Size
 from ciuic_runtime.schedulers.predict import predict
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.simulate import simulate
@@ -63,6 +64,16 @@ class Setup:
     def recost(self, schedule: Schedule, passes: Iterable[Step]) -> Trace:
         """What the cost model makes of passes as they came."""
         return simulate(schedule, self.model.graph, self._cost(schedule.workload), passes)
+
+    def pass_times(self) -> PassTimes | None:
+        """Of passes of any size; None where a device's speed is not known."""
+        times = PassTimes(self.schedule, self.model.graph, self._cost(self.schedule.workload))
+        try:
+            times.seconds(Size(1, 1))
+        except InvalidInput as error:
+            log.warning("prompts are computed before anybody's next token: %s", error)
+            return None
+        return times
 
     def _cost(self, work: Workload) -> CostModel:
         return CostModel(self.schedule.topology, self.model.format, self.calibration, work)
@@ -161,6 +172,8 @@ def _fit(model: Model, topology: Topology, config: RuntimeConfig, given: Schedul
     batch and context lets all weights stay in memory are pages read from disk."""
     if given is not None or config.paged is False:
         return _largest(model, topology, config, given, paged=given is not None)
+    if config.placement is not None and any(rule.store for rule in config.placement.rules):
+        return _largest(model, with_disk(topology, model.source), config, None, paged=True)
     try:
         return _largest(model, topology, config, None, paged=False)
     except OutOfMemory:
@@ -172,12 +185,14 @@ def _largest(
 ) -> tuple[int, int, Schedule]:
     work = config.workload or (given.workload if given else None)
     asked = work.context if work else DEFAULT_CONTEXT
-    context = config.max_model_len or min(asked, model.spec.max_positions)
+    most = min(model.spec.max_positions, config.kv_tokens or model.spec.max_positions)
+    context = config.max_model_len or min(asked, most)
     batch = config.max_num_seqs or (work.batch if work else 1 if paged else DEFAULT_BATCH)
     wanted = (context, batch)
     while True:
         try:
-            schedule = _schedule_for(_workload(work, context, batch), model, topology, config, given, paged)
+            room = _workload(work, context, batch, config.kv_tokens)
+            schedule = _schedule_for(room, model, topology, config, given, paged)
             break
         except OutOfMemory:
             # The batch gives way first: a shorter context refuses prompts, a smaller batch only takes longer.
@@ -215,10 +230,10 @@ def _schedule_for(
     return schedule
 
 
-def _workload(work: Workload | None, context: int, batch: int) -> Workload:
+def _workload(work: Workload | None, context: int, batch: int, kv_tokens: int | None) -> Workload:
     """What memory must hold: `batch` sequences that fill the context, with as many new tokens as are expected."""
     new = min(work.max_tokens if work else context // 4, context - 1) or 1
-    return Workload(max(1, context - new), new, batch)
+    return Workload(max(1, context - new), new, batch, kv_tokens)
 
 
 def _check_host(schedule: Schedule, graph: TaskGraph, work: Workload) -> None:

@@ -44,6 +44,12 @@ class PhasePaging:
 class PagingReport:
     """Of everything since it was last cleared."""
 
+    @property
+    def hit_rate(self) -> float | None:
+        """Of all phases."""
+        hits, misses = (sum(getattr(p, name) for p in self.phases.values()) for name in ("hits", "misses"))
+        return hits / (hits + misses) if hits + misses else None
+
     def __init__(self) -> None:
         self.phases: dict[str, PhasePaging] = {}
         self._before = (Counts(), 0, Stalls())

@@ -13,7 +13,6 @@ from hf_reference import CASES, NEW, Case, Reference
 
 from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.engine.llm import LLM
-from ciuic_runtime.engine.queue import RequestQueue
 from ciuic_runtime.engine.sampling import SamplingParams
 from ciuic_runtime.models import forward
 from ciuic_runtime.models.batch import Chunk, make_batch
@@ -99,8 +98,8 @@ def test_logits_of_a_mixed_pass(made: Reference, here: Topology) -> None:
 
 
 def all_finished_and_freed(llm: LLM) -> bool:
-    queue: RequestQueue = llm._queue
-    return not queue.running and not queue.waiting and queue.blocks.num_free == queue.blocks.num_blocks
+    batching = llm.engine.batching
+    return not llm.engine.busy and batching.blocks.num_free == batching.blocks.num_blocks
 
 
 def test_prompts_are_expanded_and_generated_tokens_absorbed(

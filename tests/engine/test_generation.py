@@ -29,7 +29,8 @@ def ids(llm: LLM, prompt: Any, params: SamplingParams = FREE) -> list[int]:
 
 
 def all_free(llm: LLM) -> bool:
-    return llm._queue.blocks.num_free == llm._queue.blocks.num_blocks and not llm._queue.running
+    batching = llm.engine.batching
+    return batching.blocks.num_free == batching.blocks.num_blocks and not batching.running
 
 
 # Ends

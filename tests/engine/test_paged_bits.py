@@ -14,12 +14,12 @@ import torch
 from configs import TINY_V3
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from watched import Watched
 
 import ciuic_runtime as ciuic
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.engine.llm import LLM
-from ciuic_runtime.engine.request import Request
 from ciuic_runtime.memory.source import Finished, PageSource
 from ciuic_runtime.models.random_checkpoint import write_random_checkpoint
 from ciuic_runtime.ops.native import kernels
@@ -44,15 +44,7 @@ PARAMS = [
 ]
 
 
-class Watched(LLM):
-    """Keeps the logits that each token was sampled from, by prompt, in order."""
-
-    seen: dict[int, list[torch.Tensor]]
-
-    def _sample(self, request: Request, logits: torch.Tensor) -> str:
-        self.seen.setdefault(request.index, []).append(logits.clone())
-        return super()._sample(request, logits)
-
+class Runner(Watched):
     def run(self, which: Sequence[int] = range(len(PROMPTS))) -> dict[int, torch.Tensor]:
         """Logits of the prompts of these numbers, as their tokens were sampled."""
         self.seen = {}
@@ -66,8 +58,8 @@ class Watched(LLM):
         memory.set_budget("cpu", memory.reserved + memory.minimum + round(share * (every - memory.minimum)))
 
 
-def opened(model: Path, here: Topology, **settings: Any) -> Watched:
-    return Watched(model, devices=here, max_model_len=96, **({"threads": 1, "max_num_seqs": 2} | settings))
+def opened(model: Path, here: Topology, **settings: Any) -> Runner:
+    return Runner(model, devices=here, max_model_len=96, **({"threads": 1, "max_num_seqs": 2} | settings))
 
 
 def same(got: dict[int, torch.Tensor], expected: dict[int, torch.Tensor]) -> bool:
@@ -203,7 +195,7 @@ def generated(llm: LLM) -> tuple[int, ...]:
     return llm.generate([SHORT], params)[0].token_ids
 
 
-def test_budgets_may_change_between_any_two_steps(long: tuple[Watched, tuple[int, ...]]) -> None:
+def test_budgets_may_change_between_any_two_steps(long: tuple[Runner, tuple[int, ...]]) -> None:
     llm, expected = long
     draw, params = random.Random(1), ciuic.SamplingParams(max_tokens=80, ignore_eos=True, temperature=1.0, seed=1)
     for _ in range(3):
@@ -218,7 +210,7 @@ def test_budgets_may_change_between_any_two_steps(long: tuple[Watched, tuple[int
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_pages_may_be_moved_pinned_and_evicted_by_another_thread_meanwhile(
-    count: int, long: tuple[Watched, tuple[int, ...]]
+    count: int, long: tuple[Runner, tuple[int, ...]]
 ) -> None:
     llm, expected = long
     memory, draw = llm.memory, random.Random(2)

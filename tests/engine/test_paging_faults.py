@@ -124,11 +124,12 @@ def place(store: PageStore, page: str) -> tuple[Path, int]:
 @contextmanager
 def interrupted_after(seconds: float) -> Iterator[list[bool]]:
     """Ctrl-C, as the terminal sends it; the list says whether it came while the block ran."""
-    main, came = threading.main_thread().ident, [False]
+    main, came, begun = threading.main_thread().ident, [False], threading.Event()
     assert main is not None
 
     def press() -> None:
-        time.sleep(seconds)
+        begun.wait()
+        time.sleep(seconds + 0.002)  # until the block has been entered
         signal.pthread_kill(main, signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -136,6 +137,7 @@ def interrupted_after(seconds: float) -> Iterator[list[bool]]:
     thread.start()
     try:
         try:
+            begun.set()
             yield came
         except KeyboardInterrupt:
             came[0] = True

@@ -18,6 +18,7 @@ from safetensors.torch import save as save_torch
 from ciuic_runtime import LLM, Model, SamplingParams
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.devices.spec import Topology
+from ciuic_runtime.engine.engine import Engine
 from ciuic_runtime.engine.routing import RoutingRecorder, read_routing, write_routing
 from ciuic_runtime.models.random_checkpoint import write_random_checkpoint
 from ciuic_runtime.ops.native import kernels
@@ -260,10 +261,10 @@ def test_a_place_that_cannot_be_written_is_said_before_the_model_is_loaded(
 def test_a_run_stopped_before_its_first_pass_shows_what_there_is(
     ciuic, tiny_v3: Path, here_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: LLM, decision: object) -> Any:
+    def interrupted(self: Engine) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LLM, "_step", interrupted)
+    monkeypatch.setattr(Engine, "step", interrupted)
     arguments = ("run", tiny_v3, "--prompt", "x", "--devices", here_toml, "--record-routing", tmp_path / "routing")
     done = ciuic(*arguments, "--json")
     assert done.code == 130

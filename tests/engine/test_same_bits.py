@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from watched import Watched
 
 from ciuic_runtime.devices.spec import Topology
-from ciuic_runtime.engine.llm import LLM
-from ciuic_runtime.engine.request import Request
 from ciuic_runtime.engine.sampling import SamplingParams
 from ciuic_runtime.models.random_checkpoint import write_random_checkpoint
 from ciuic_runtime.ops.native import kernels
@@ -54,15 +53,7 @@ def checkpoint(request: pytest.FixtureRequest, tiny_v3: Path, tmp_path_factory: 
     return write_random_checkpoint(MODELS[request.param], tmp_path_factory.mktemp("models") / request.param)
 
 
-class Watched(LLM):
-    """Keeps the logits that each token was sampled from, by prompt, in order."""
-
-    seen: dict[int, list[torch.Tensor]]
-
-    def _sample(self, request: Request, logits: torch.Tensor) -> str:
-        self.seen.setdefault(request.index, []).append(logits.clone())
-        return super()._sample(request, logits)
-
+class Runner(Watched):
     def run(self, which: Sequence[int]) -> dict[int, tuple[list[int], torch.Tensor]]:
         """Tokens and logits of the prompts of these numbers."""
         self.seen = {}
@@ -70,8 +61,8 @@ class Watched(LLM):
         return {i: (list(o.token_ids), torch.stack(self.seen[o.index])) for i, o in zip(which, outputs, strict=True)}
 
 
-def opened(checkpoint: Path, format: str, here: Topology, **settings: Any) -> Watched:
-    return Watched(
+def opened(checkpoint: Path, format: str, here: Topology, **settings: Any) -> Runner:
+    return Runner(
         checkpoint, devices=here, dtype=format, max_model_len=192, **({"threads": 1, "max_num_seqs": 3} | settings)
     )
 

@@ -152,26 +152,26 @@ class NoText:
     ("prompt", "batch", "chunk"), [(20, 1, 8), (5, 7, 8), (3, 9, 512), (13, 4, 6), (8, 3, 8), (1, 5, 2)]
 )
 def test_passes_are_those_of_the_engine(prompt: int, batch: int, chunk: int) -> None:
-    from ciuic_runtime.engine.queue import RequestQueue
+    from ciuic_runtime.engine.batching import Batching
     from ciuic_runtime.engine.request import Request
     from ciuic_runtime.engine.sampling import SamplingParams
 
-    queue = RequestQueue(num_blocks=10 * batch, max_num_seqs=batch, chunk_tokens=chunk)
+    batching = Batching(num_blocks=10 * batch, max_num_seqs=batch, chunk_tokens=chunk)
     for i in range(batch):
         params = SamplingParams(max_tokens=3, ignore_eos=True)
-        queue.add(Request(i, (1,) * prompt, params, NoText(), frozenset()))
+        batching.add(Request(i, (1,) * prompt, params, NoText(), frozenset()))
     made = []
-    while decision := queue.decide():
-        pairs = sum(c.position + i + 1 for c in decision.chunks for i in range(len(c.token_ids)))
-        tokens = sum(len(c.token_ids) for c in decision.chunks)
-        positions = sum(c.position + len(c.token_ids) for c in decision.chunks)
-        sampled = sum(bool(c.sample) for c in decision.chunks)
-        made.append(Step(decision.phase, tokens, len(decision.chunks), pairs, positions, sampled))
-        queue.computed(decision)
-        for request, piece in zip(decision.requests, decision.chunks, strict=True):
+    while todo := batching.next_pass():
+        pairs = sum(c.position + i + 1 for c in todo.chunks for i in range(len(c.token_ids)))
+        tokens = sum(len(c.token_ids) for c in todo.chunks)
+        positions = sum(c.position + len(c.token_ids) for c in todo.chunks)
+        sampled = sum(bool(c.sample) for c in todo.chunks)
+        made.append(Step(todo.phase, tokens, len(todo.chunks), pairs, positions, sampled))
+        batching.computed(todo)
+        for request, piece in zip(todo.requests, todo.chunks, strict=True):
             if piece.sample:
                 request.append(7)
-        queue.release_finished()
+        batching.release_finished()
     assert list(workload_steps(replace(MODEL, prefill_chunk=chunk), Workload(prompt, 3, batch))) == made
 
 
