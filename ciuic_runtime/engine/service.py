@@ -123,7 +123,8 @@ class EngineService:
         self._wake = threading.Event()
         self._live: dict[int, Submission] = {}  # the event loop's, until their last update has been handed over
         self._known: dict[int, Submission] = {}  # the thread's
-        self._closing = self._draining = False
+        self._closing = self._draining = self._ended = False
+        self._handing_in = threading.Lock()  # nothing goes into the inbox that the thread would never see
         self._prompt_tokens = self._cached_tokens = self._generated = self._passes = 0
 
     def start(self) -> None:
@@ -142,8 +143,9 @@ class EngineService:
                 "--max-waiting); try again later"
             )
         submission = Submission(self.llm.request(prompt, params, client, guide), self._cancelled)
+        if not self._send(True, submission):
+            raise ShuttingDown("the server was shut down")
         self._live[submission.request.index] = submission
-        self._send(True, submission)
         return submission
 
     async def drain(self) -> None:
@@ -174,9 +176,13 @@ class EngineService:
 
     # In the event loop
 
-    def _send(self, new: bool, submission: Submission) -> None:
-        self._inbox.append((new, submission))
-        self._wake.set()
+    def _send(self, new: bool, submission: Submission) -> bool:
+        """Whether the thread will see it."""
+        with self._handing_in:
+            if not self._ended:
+                self._inbox.append((new, submission))
+                self._wake.set()
+            return not self._ended
 
     def _cancelled(self, submission: Submission) -> None:
         self._live.pop(submission.request.index, None)
@@ -204,7 +210,9 @@ class EngineService:
             log.exception("the engine's thread ends by a mistake of ours; nothing more will be answered")
         finally:
             self._closing = True
-            self._take_in()
+            with self._handing_in:
+                self._ended = True
+                self._take_in()
             for submission in self._known.values():
                 self._engine.cancel(submission.request)
             self._deliver([Update(s.request, finish_reason="interrupted") for s in self._known.values()])

@@ -21,7 +21,7 @@ class TokenStream:
     def __init__(self, backend: tokenizers.Tokenizer, skip_special: bool = True) -> None:
         self._backend, self._skip_special = backend, skip_special
         self._bytes: codecs.IncrementalDecoder | None = None
-        if _is_byte_level(backend):
+        if is_byte_level(backend):
             self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self._window: list[int] = []
@@ -72,7 +72,7 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+def is_byte_level(backend: tokenizers.Tokenizer) -> bool:
     """Whether decoding is joining the bytes of the tokens."""
     if backend.decoder is None:
         return False
