@@ -33,9 +33,9 @@ class Pass:
         return sum(len(c.token_ids) for c in self.chunks if c.prompt)
 
 
-# How many tokens those that catch up get in a pass that others decode in: from the contexts of these, and (tokens in
-# the cache, tokens to be computed) of each of those.
-Share = Callable[[Sequence[int], Sequence[tuple[int, int]]], int]
+# How many tokens those that catch up get in a pass that others decode in: from the contexts of these, (tokens in the
+# cache, tokens to be computed) of each of those, and the number of passes since they got any.
+Share = Callable[[Sequence[int], Sequence[tuple[int, int]], int], int]
 
 
 class Batching:
@@ -59,6 +59,7 @@ class Batching:
         self.blocks = PrefixCache(self.num_blocks)
         self.waiting = FairQueue()
         self.running: list[Request] = []  # in the order in which they were let in
+        self._since = 0  # passes in which those that catch up got nothing
 
     # Events
 
@@ -102,7 +103,9 @@ class Batching:
         self._grow()
         decoding = [r for r in self.running if not r.catching_up]
         behind = [r for r in self.running if r.catching_up]  # growing may have cost some their place
-        return self._pass(decoding, self._catch_up(behind, self._room(decoding, behind)) if behind else [])
+        chunks = self._catch_up(behind, self._room(decoding, behind))
+        self._since = 0 if chunks else self._since + 1
+        return self._pass(decoding, chunks)
 
     def _pass(self, decoding: Iterable[Request], catching_up: Iterable[tuple[Request, Chunk]]) -> Pass | None:
         parts = [*((r, _next_token(r)) for r in decoding), *catching_up]
@@ -161,10 +164,10 @@ class Batching:
         request.blocks = []
 
     def _room(self, decoding: Sequence[Request], behind: Sequence[Request]) -> int:
-        if not decoding or self.share is None:
+        if not decoding or not behind or self.share is None:
             return self.chunk_tokens
         left = [(r.computed, r.num_tokens - r.computed) for r in behind]
-        return min(self.chunk_tokens, max(1, self.share([r.computed + 1 for r in decoding], left)))
+        return min(self.chunk_tokens, self.share([r.computed + 1 for r in decoding], left, self._since))
 
     def _catch_up(self, behind: Iterable[Request], room: int) -> list[tuple[Request, Chunk]]:
         chunks = []

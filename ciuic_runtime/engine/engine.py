@@ -80,7 +80,8 @@ class Engine:
             token, logprobs = self.sample(request, logits)
         except (FloatingPointError, GuideFailed) as error:
             request.error = f"prompt {request.index}, position {request.computed}: {error}"
-            return Update(request, request.finish("error"), finish_reason="error", error=request.error)
+            text, asked = request.finish("error"), isinstance(error, GuideFailed)
+            return Update(request, text, finish_reason="error", error=request.error, asked_too_much=asked)
         request.logprobs += logprobs
         text = request.append(token)
         return Update(request, text, (token,), tuple(logprobs), told, request.finish_reason)

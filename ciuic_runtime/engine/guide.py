@@ -1,5 +1,5 @@
 """Guided decoding: which tokens may come next, so that what is generated is JSON of a given schema.
-Knows schemas and tokenizers, and leaves automata to llguidance; what the model makes of the choice is for the sampling."""
+Knows schemas and tokenizers, and leaves automata to llguidance; choosing among those tokens is the sampling's part."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_SCHEMA_BYTES = 1 << 17
 MAX_SCHEMA_DEPTH = 64
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"  # between two tokens of JSON; a model that likes blanks would never come to an end
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"  # in one place; a model that likes blanks would never come to an end
 LIMITS: Mapping[str, Any] = {"max_lexer_states": 20_000, "verbose_errors": False}  # a state takes up to 2 kB
 
 # A pattern can be short and take minutes or gigabytes to compile: each schema is first tried in a process that may have
@@ -56,8 +56,8 @@ class Guide(Protocol):
 def make_guide(
     tokenizer: Tokenizer, eos_token_ids: Collection[int], vocab_size: int, json_schema: Mapping[str, Any] | None
 ) -> Guide:
-    """For one generation; without a schema, of any JSON object. `vocab_size` is the model's, which may have ids that the
-    tokenizer does not name. It may take a second: not to be called where others wait. Raises InvalidInput."""
+    """For one generation; without a schema, of any JSON object. `vocab_size` is the model's, which may have ids that
+    the tokenizer does not name. It may take a second: not to be called where others wait. Raises InvalidInput."""
     ends = tuple(sorted({i for i in eos_token_ids if 0 <= i < min(vocab_size, tokenizer.vocab_size)}))
     if not ends:
         raise InvalidInput(
@@ -100,7 +100,7 @@ def _allowed(matcher: LLMatcher, bits: NDArray[np.int32], count: int) -> NDArray
 
 def _as_text(schema: Mapping[str, Any]) -> str:
     """Raises InvalidInput for what is too large, too deep, or not JSON."""
-    depth, level = 0, [schema]
+    depth, level = 0, [schema]  # type: int, list[Any]
     while level:
         depth += 1
         if depth > MAX_SCHEMA_DEPTH:
@@ -113,7 +113,9 @@ def _as_text(schema: Mapping[str, Any]) -> str:
     except (TypeError, ValueError) as error:
         raise InvalidInput(f"the JSON schema is not JSON: {error}") from error
     if len(text) > MAX_SCHEMA_BYTES:
-        raise InvalidInput(f"the JSON schema has {len(text)} bytes, and {MAX_SCHEMA_BYTES} are read; give a smaller one")
+        raise InvalidInput(
+            f"the JSON schema has {len(text)} bytes, and {MAX_SCHEMA_BYTES} are read; give a smaller one"
+        )
     return text
 
 
@@ -170,14 +172,14 @@ def _tried(grammar: str) -> str:
     if done.returncode < 0:
         return "it takes too much time or memory to compile"
     if done.returncode:
-        return f"it cannot be compiled: {_reason(done.stderr.strip().splitlines()[-1])}"
+        return f"it cannot be compiled: {_reason(done.stderr[-300:])}"
     return _reason(done.stdout)
 
 
 def _wrong(reason: str) -> InvalidInput:
     return InvalidInput(
-        f"the JSON schema cannot be followed: {reason}; leave out what is not supported, have fewer and simpler patterns "
-        "and fewer alternatives, or ask for any JSON object"
+        f"the JSON schema cannot be followed: {reason}; leave out what is not supported, have fewer and simpler "
+        "patterns and fewer alternatives, or ask for any JSON object"
     )
 
 

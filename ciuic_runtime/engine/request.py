@@ -124,3 +124,4 @@ class Update:
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # when the prompt ends, where they were asked for
     finish_reason: FinishReason | None = None
     error: str | None = None  # why it could not go on
+    asked_too_much: bool = False  # it is what was asked for that could not go on, and not the model

@@ -29,6 +29,7 @@ PAGE = {
     "/": ("index.html", "text/html"),
     "/chat.js": ("chat.js", "text/javascript"),
     "/chat.css": ("chat.css", "text/css"),
+    "/chat.svg": ("chat.svg", "image/svg+xml"),
 }
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",

@@ -13,7 +13,7 @@ from ciuic_runtime.engine.guide import Guide
 from ciuic_runtime.engine.request import Request, Update
 from ciuic_runtime.engine.sampling import SamplingParams
 from ciuic_runtime.engine.service import EngineService, ShuttingDown, Submission
-from ciuic_runtime.server.errors import RETRY_SECONDS, ApiError
+from ciuic_runtime.server.errors import RETRY_SECONDS, ApiError, invalid
 
 log = logging.getLogger("ciuic")
 
@@ -67,6 +67,8 @@ class Group:
                     self._check_begun()
                     self.cancel()
                     continue
+                if update.error and update.asked_too_much:
+                    raise invalid(update.error, "response_format")
                 if update.finish_reason == "error":
                     log.error("request %d ended with an error: %s", update.request.index, update.error)
                     raise ApiError(500, "the model could not go on with this request; the server's log says why")

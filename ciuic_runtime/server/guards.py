@@ -11,7 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ciuic_runtime.server.config import ServerConfig
 from ciuic_runtime.server.errors import ApiError
 
-OPEN = frozenset({"/", "/chat.js", "/chat.css", "/health", "/openapi.json"})  # everything else asks for a key
+# Everything else asks for a key.
+OPEN = frozenset({"/", "/chat.js", "/chat.css", "/chat.svg", "/health", "/openapi.json"})
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 

@@ -1,5 +1,5 @@
 """Figures for Prometheus: what clients ask and get, and what the engine does for them.
-Knows names, units and buckets; the engine's own counts are read from it when they are asked for, and kept nowhere else."""
+Knows names, units and buckets; the engine's own counts are read from it when they are asked for, and not kept here."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@ token for those. Knows forecast times only; which requests these are, the engine
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from ciuic_runtime.schedulers.schedule import Schedule
 ROUNDED = 256  # positions: contexts are told apart by so many
 FINEST = 16  # tokens: so are chunks
 MOST_KNOWN = 1 << 14
+NEAR_CHEAPEST = 1.5
+LEAST_STRETCH = 1.8  # of the time per token of those who decode: twice, less what forecasts may be wrong by
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,32 +63,44 @@ class PassTimes:
 
 
 class Mixing:
-    """The policy as the engine asks it: contexts of the sequences that decode, and (tokens in the cache, tokens to be
-    computed) of the requests that wait, to how many tokens of these go into the next pass, `most` at most."""
+    """The policy as the engine asks it: how many tokens of prompts go into the next pass, `most` at most."""
 
     def __init__(self, seconds: Callable[[Size], float], most: int) -> None:
         self._seconds, self._most = seconds, most
 
-    def __call__(self, decoding: Sequence[int], waiting: Sequence[tuple[int, int]]) -> int:
+    def __call__(self, decoding: Sequence[int], waiting: Sequence[tuple[int, int]], since: int) -> int:
+        """From the contexts of the sequences that decode, (tokens in the cache, tokens to be computed) of the requests
+        that wait, and the number of passes since the last one with a share."""
         decodes = Size(len(decoding), sum(decoding) // len(decoding))
         left = sum(tokens for _, tokens in waiting)
-        return prompt_share(self._seconds, decodes, len(waiting), left, waiting[0][0], self._most)
+        share = prompt_share(self._seconds, decodes, len(waiting), left, waiting[0][0], self._most)
+        return share.tokens if since >= share.pause else 0
 
 
-def prompt_share(seconds: Callable[[Size], float], decodes: Size, waiting: int, left: int, at: int, most: int) -> int:
-    """How many of the `left` tokens of the prompts of `waiting` requests go into the next pass, `most` at most.
+@dataclass(frozen=True, slots=True)
+class Share:
+    tokens: int  # of prompts, in a pass
+    pause: int  # passes without any, until the next one
 
-    The share for which everybody's slowdown adds up to least: of a sequence that decodes, a pass's time over what it
-    would take without prompts; of a request that waits, the time until its prompts are done over what that would take
-    if nobody decoded. With passes of a + b n seconds for n tokens, that is n = (a / b) sqrt(waiting / decodes)."""
+
+def prompt_share(seconds: Callable[[Size], float], decodes: Size, waiting: int, left: int, at: int, most: int) -> Share:
+    """Of the `left` tokens of the prompts of `waiting` requests.
+
+    How many at a time: the fewest that cost, beyond the pass without them, not much more per token than the cheapest
+    number does. Every pass with prompts reads nearly all experts and expands the whole context anew, so that many small
+    shares would delay everybody; large ones are a long gap between two tokens of those who decode.
+
+    How often: for D who decode at s times their undisturbed time per token, prompts take s / (s - 1) as long as they
+    would between two passes, and Q who wait feel that. D s + Q c s / (s - 1), with prompts that cost c times what they
+    cost alone, is least at s = 1 + sqrt(Q c / D). Prompts get about half of the time at least."""
     alone = seconds(decodes)
+    extra = {n: seconds(Size(decodes.decodes, decodes.context, n, at)) - alone for n in shares(min(left, most))}
+    cheapest = min(cost / n for n, cost in extra.items())
+    tokens = min(n for n, cost in extra.items() if cost / n <= NEAR_CHEAPEST * cheapest)
     undisturbed = -(-left // most) * seconds(Size(0, 0, min(left, most), at))
-
-    def slowdown(tokens: int) -> float:
-        one = seconds(Size(decodes.decodes, decodes.context, tokens, at))
-        return decodes.decodes * one / alone + waiting * -(-left // tokens) * one / undisturbed
-
-    return min(shares(min(left, most)), key=slowdown)
+    dearer = left / tokens * extra[tokens] / undisturbed
+    stretch = max(LEAST_STRETCH, 1 + math.sqrt(waiting * dearer / decodes.decodes))
+    return Share(tokens, max(0, math.ceil(extra[tokens] / alone / (stretch - 1) - 1)))
 
 
 def shares(most: int) -> list[int]:

@@ -163,7 +163,9 @@ def check(batching: Batching, todo: Pass, chunk: int, max_num_seqs: int, cached:
 
 
 def serving(num_blocks: int, max_num_seqs: int, chunk: int = 512, share: int = 32, **settings: bool) -> Batching:
-    return Batching(num_blocks, max_num_seqs, chunk, lambda decoding, behind: share, shared_prefixes=True, **settings)
+    return Batching(
+        num_blocks, max_num_seqs, chunk, lambda decoding, behind, since: share, shared_prefixes=True, **settings
+    )
 
 
 def test_a_prompt_comes_in_shares_beside_those_that_decode() -> None:
@@ -187,7 +189,7 @@ def test_a_prompt_comes_in_shares_beside_those_that_decode() -> None:
 def test_the_last_one_let_in_gives_way_and_catches_up_in_the_forms_of_its_tokens() -> None:
     """Blocks for 192 positions; two sequences grow into them, the second is put back and computed again: its prompt as
     prompt, what it had generated as generated, many tokens per pass, the last of them sampled."""
-    batching = Batching(3, 4, 512, lambda decoding, behind: 512)
+    batching = Batching(3, 4, 512, lambda decoding, behind, since: 512)
     first, second = request(0, 60, 130, ignore_eos=True), request(1, 62, 60, ignore_eos=True)
     batching.add(first)
     batching.add(second)
@@ -372,3 +374,17 @@ def test_whoever_comes_goes_and_is_preempted_everybody_is_served_and_every_block
     assert batching.blocks.num_used == 0
     batching.blocks.clear()
     assert batching.blocks.num_free == num_blocks
+
+
+def test_those_who_decode_go_on_alone_while_prompts_pause() -> None:
+    batching = Batching(16, 4, 512, lambda decoding, behind, since: 10 if since >= 2 else 0)
+    batching.add(request(0, 5, 9))
+    give(batching, next_pass(batching))
+    batching.add(request(1, 20, 3))
+    seen = []
+    for _ in range(6):
+        todo = next_pass(batching)
+        seen.append(shape(todo))
+        give(batching, todo)
+    decode, shared = [("decode", 1)], [("prefill", 2)]
+    assert [(phase, len(rows)) for phase, rows in seen] == decode * 2 + shared + decode * 2 + shared

@@ -32,7 +32,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def smol_server(serve: Serve, smollm2: Path) -> Iterator[Running]:
-    with serve(smollm2, llm={"max_model_len": 1024}) as server:
+    with serve(smollm2, llm={"max_model_len": 1024}, model_name="smol") as server:
         yield server
 
 
@@ -200,7 +200,12 @@ def test_nothing_that_is_said_becomes_part_of_the_page(browser: Any, tiny_server
     answers_with(page, *events.get(where, [delta("stop", content="Good.")]))
     ask(page, EVIL if where == "question" else "hello")
     page.wait_for_selector("#send:visible")
-    place = {"question": ".user .text", "answer": ".assistant .text", "thoughts": ".assistant .thoughts", "error": "#error"}
+    place = {
+        "question": ".user .text",
+        "answer": ".assistant .text",
+        "thoughts": ".assistant .thoughts",
+        "error": "#error",
+    }
     assert EVIL in page.locator(place[where]).text_content()
     page.wait_for_timeout(100)
     for _ in range(2):
