@@ -94,6 +94,14 @@ BatchOption = Annotated[int, typer.Option("--batch", help="sequences at once")]
 HtmlOption = Annotated[
     Path | None, typer.Option("--html", metavar="FILE.html", help="write a report that a browser shows")
 ]
+Executor = Annotated[str, typer.Option("--executor", help="local, or ray: each stage is a process of a cluster")]
+Stages = Annotated[
+    int | None, typer.Option("--stages", help="processes in a row, each with some layers; default: as the plan has it")
+]
+Address = Annotated[
+    str | None, typer.Option("--address", metavar="HOST:PORT", help="of a Ray cluster; default: one of this machine's own")
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="join a cluster that asks for no token")]
 Context = Annotated[int | None, typer.Option("--context", help="positions per sequence: prompt and new tokens")]
 
 
@@ -102,13 +110,15 @@ def devices(
     measure: Annotated[str, typer.Option("--measure", help="cached, fresh or never")] = "cached",
     path: Annotated[Path, typer.Option("--path", help="folder whose disk is looked at")] = Path("."),
     devices: DevicesOption = None,
+    address: Address = None,
+    insecure: Insecure = False,
     save: Annotated[Path | None, typer.Option("--save", metavar="FILE.toml", help="write the facts as TOML")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is here and how fast it measured."""
+    """Show what is here, or on a cluster's nodes, and how fast it measured."""
     from ciuic_runtime.devices.toml import topology_to_dict
 
-    hw = _hardware(devices, measure, path)
+    hw = _cluster(address, insecure) if address else _hardware(devices, measure, path)
     if save:
         hw.to_toml(save)
     document = topology_to_dict(hw.topology)
@@ -201,8 +211,10 @@ def run(
         Path | None,
         typer.Option("--record-routing", metavar="FILE", help="write which experts each token used, for ciuic replay"),
     ] = None,
-    executor: Annotated[str, typer.Option("--executor", help="local")] = "local",
-    stages: Annotated[int, typer.Option("--stages", help="stages of a cluster; 1 in this version")] = 1,
+    executor: Executor = "local",
+    stages: Stages = None,
+    address: Address = None,
+    insecure: Insecure = False,
     trace: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE.json", help="write what happened as a Chrome trace")
     ] = None,
@@ -220,8 +232,6 @@ def run(
 
     for file in filter(None, (trace, record_routing, html)):
         check_can_write(file)
-    if stages != 1:
-        raise InvalidInput(f"--stages {stages}: this version runs one local stage; clusters are not in it yet")
     params = ciuic.SamplingParams(
         max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), ignore_eos
     )
@@ -236,7 +246,7 @@ def run(
     with _open(
         checkpoint, dtype=dtype, schedule=schedule, placement=placement, memory=memory, goal=goal, devices=devices,
         threads=threads, kernels=kernels, executor=executor, context=context, workload=work, cache_policy=cache_policy,
-        lookahead=lookahead, io_threads=io_threads, routing=routing,
+        lookahead=lookahead, io_threads=io_threads, routing=routing, stages=stages, address=address, insecure=insecure,
     ) as llm:  # fmt: skip
         recorder = llm.record_routing() if record_routing else None
         outputs, interrupted = _generate(llm, ids, params, show=not as_json)
@@ -605,6 +615,12 @@ def _hardware(file: Path | None, measure: str = "cached", path: Path | None = No
     return DeviceManager(path, measure, progress=_say)
 
 
+def _cluster(address: str, insecure: bool) -> DeviceManager:
+    from ciuic_runtime.devices.manager import DeviceManager
+
+    return DeviceManager.from_ray(address, insecure=insecure, progress=_say)
+
+
 def _say(what: str) -> None:
     print(f"ciuic: {what}", file=sys.stderr)
 
@@ -636,7 +652,10 @@ def _open(
     from ciuic_runtime.show import plan_line, progress_bar
 
     saved = ciuic.Schedule.from_json(schedule) if schedule else None
-    hw = _hardware(devices) if devices or not saved else None
+    if options.get("address") and not devices:
+        hw = _cluster(options["address"], options["insecure"])
+    else:
+        hw = _hardware(devices) if devices or not saved else None
     with progress_bar("loading") as progress:
         llm = ciuic.LLM(
             model, schedule=saved, placement=_placement(placement), memory=_budgets(memory), devices=hw,

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ def kernels_of(model: Model, kernels: str = "auto") -> str:
 
 
 def can_be_calibrated(device: DeviceSpec) -> bool:
-    """CPUs of this machine whose limits were measured."""
-    return device.kind == "CPU" and device.usable and device.basis == "measured" and "/" not in device.name
+    """CPUs whose limits were measured, here or on a node of a cluster: what is known of one is known of its like."""
+    return device.kind == "CPU" and device.usable and device.basis == "measured"
 
 
 def load_calibration(model: Model, topology: Topology, kernels: str = "auto") -> Calibration:
@@ -44,8 +44,9 @@ def load_calibration(model: Model, topology: Topology, kernels: str = "auto") ->
     entries, chosen = _entries(), kernels_of(model, kernels)
     curves: list[Curve] = []
     for device in filter(can_be_calibrated, topology.devices):
-        known = map(_curve_of, entries.get(_key(device, chosen), []))
-        curves += (c for c in known if c is not None and c.format == model.format)
+        alike = replace(device, name=device.name.rpartition("/")[2])
+        known = map(_curve_of, entries.get(_key(alike, chosen), []))
+        curves += (replace(c, device=device.name) for c in known if c is not None and c.format == model.format)
     return Calibration(curves=tuple(curves), model_error=MEASURED_ERROR) if curves else Calibration()
 
 

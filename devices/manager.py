@@ -63,6 +63,17 @@ class DeviceManager:
         """The declared devices, whether they are here or not; nothing is measured."""
         return cls.from_topology(read_topology(path))
 
+    @classmethod
+    def from_ray(
+        cls, address: str | None = None, measure: str = "cached", path: str | Path | None = None, insecure: bool = False,
+        progress: Progress | None = None,
+    ) -> DeviceManager:  # fmt: skip
+        """The devices of all nodes of a Ray cluster (None: of one that is started on this machine), `node0/cpu` and so
+        on, with the links between them as measured now. `path`: a folder on each node whose disk is looked at."""
+        from ciuic_runtime.devices.ray_nodes import ray_topology
+
+        return cls.from_topology(ray_topology(address, measure, path, insecure, progress))
+
     def to_toml(self, path: str | Path | None = None) -> str:
         """The topology as TOML, also written to `path` if one is given; `from_toml` reads back an equal one."""
         text = topology_to_toml(self.topology)

@@ -175,11 +175,12 @@ class TaskGraph:
     working_bytes_per_sequence: float = 0.0  # logits
     prefill_chunk: int = 512  # tokens that one pass takes at most
     score_rows: int = 256  # tokens of a sequence whose scores are held at once
+    given: tuple[str, ...] = ()  # tasks that are computed elsewhere and whose values come in, of a part of a graph
 
     def __post_init__(self) -> None:
         if not self.tasks:
             raise InvalidInput(f"graph {self.name} has no tasks; there is nothing to place")
-        seen: set[str] = set()
+        seen = set(self.given)
         for task in self.tasks:
             if task.name in seen:
                 raise InvalidInput(f"task {task.name} occurs twice in graph {self.name}")

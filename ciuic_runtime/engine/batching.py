@@ -50,6 +50,7 @@ class Batching:
         shared_prefixes: bool = False, two_forms: bool = True,
     ) -> None:  # fmt: skip
         self.num_blocks, self.max_num_seqs, self.chunk_tokens = num_blocks, max_num_seqs, chunk_tokens
+        self.depth = 1  # passes that may be on their way at once; a request is in one of them at most
         self.share, self.shared_prefixes, self.two_forms = share, shared_prefixes, two_forms
         self.preemptions = 0
         self.reset()
@@ -59,6 +60,7 @@ class Batching:
         self.blocks = PrefixCache(self.num_blocks)
         self.waiting = FairQueue()
         self.running: list[Request] = []  # in the order in which they were let in
+        self._flying: set[int] = set()  # of these, those that are in a pass on its way
         self._since = 0  # passes in which those that catch up got nothing
 
     # Events
@@ -69,15 +71,33 @@ class Batching:
         self.waiting.add(request)
 
     def cancel(self, request: Request) -> bool:
-        """Waiting or running, it is gone, and what it held is free; whether it was there."""
+        """Waiting or running, it is gone, and what it held is free, at once or when its pass is done; whether it was
+        there. Its caller gives it a reason for its end."""
+        if request.index in self._flying:
+            return True
         if request in self.running:
             self._leave(request)
             return True
         return self.waiting.remove(request)
 
+    def restart(self) -> None:
+        """What was computed is lost, and passes on their way too."""
+        running, waiting = list(self.running), list(self.waiting)
+        self._flying.clear()
+        for request in reversed(running):
+            if request.finish_reason:
+                self._leave(request)
+            else:
+                self._preempt(request)
+        self.blocks = PrefixCache(self.num_blocks)
+        assert all(not r.blocks for r in (*running, *waiting)), "somebody still holds what is lost"
+
     def computed(self, done: Pass) -> None:
         """The pass is done: its tokens are in the cache."""
         for request, chunk in zip(done.requests, done.chunks, strict=True):
+            self._flying.discard(request.index)
+            if request.finish_reason:
+                continue  # cancelled meanwhile
             before = request.computed
             request.computed += len(chunk.token_ids)
             new = not chunk.prompt and bool(chunk.sample)  # what is computed again is not the client's doing
@@ -87,7 +107,7 @@ class Batching:
                     self.blocks.publish(self._key(request, index), request.blocks, index)
 
     def release_finished(self) -> list[Request]:
-        done = [r for r in self.running if r.finish_reason]
+        done = [r for r in self.running if r.finish_reason and r.index not in self._flying]
         for request in done:
             self._leave(request)
         return done
@@ -97,12 +117,12 @@ class Batching:
     def next_pass(self) -> Pass | None:
         """None: nothing to do."""
         self._admit()
-        behind = [r for r in self.running if r.catching_up]
+        behind = [r for r in self._idle() if r.catching_up]
         if behind and self.share is None:
             return self._pass([], self._catch_up(behind, self.chunk_tokens))
-        self._grow()
-        decoding = [r for r in self.running if not r.catching_up]
-        behind = [r for r in self.running if r.catching_up]  # growing may have cost some their place
+        grown = self._grow()
+        decoding = grown[: -(-len(self.running) // self.depth)]
+        behind = [r for r in self._idle() if r.catching_up]  # growing may have cost some their place
         chunks = self._catch_up(behind, self._room(decoding, behind))
         self._since = 0 if chunks else self._since + 1
         return self._pass(decoding, chunks)
@@ -112,6 +132,7 @@ class Batching:
         if not parts:
             return None
         phase: Phase = "prefill" if any(r.catching_up for r, _ in parts) else "decode"
+        self._flying |= {r.index for r, _ in parts}
         return Pass(phase, tuple(r for r, _ in parts), tuple(c for _, c in parts))
 
     def _admit(self) -> None:
@@ -137,18 +158,25 @@ class Batching:
         self.running.append(request)
         return True
 
-    def _grow(self) -> None:
-        """A block for each sequence whose next token needs one; where there is none, the last one that was let in gives
-        its own back and waits."""
-        for request in list(self.running):
+    def _idle(self) -> list[Request]:
+        """Those that run and are in no pass on its way."""
+        return [r for r in self.running if r.index not in self._flying]
+
+    def _grow(self) -> list[Request]:
+        """Those that can get their next token: a block for each that needs one; where there is none, the last one that
+        was let in gives its own back and waits."""
+        grown = []
+        for request in self._idle():
             if request.catching_up or request not in self.running:
                 continue
-            if blocks_for(request.computed + 1) <= len(request.blocks):
-                continue
-            while request in self.running and not self.blocks.can_allocate(1):
-                self._preempt(self.running[-1])
-            if request in self.running:
+            if blocks_for(request.computed + 1) > len(request.blocks):
+                while request in self.running and not self.blocks.can_allocate(1):
+                    self._preempt(self._idle()[-1])
+                if request not in self.running:
+                    continue
                 request.blocks += self.blocks.allocate(1)
+            grown.append(request)
+        return [r for r in grown if r in self.running]
 
     def _preempt(self, request: Request) -> None:
         self.preemptions += 1

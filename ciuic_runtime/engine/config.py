@@ -14,6 +14,7 @@ from ciuic_runtime.schedulers.policies.cache import cache_policy
 from ciuic_runtime.schedulers.workload import Workload
 
 MOST_LOOKAHEAD = 64
+EXECUTORS = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,11 @@ class RuntimeConfig:
     threads: int | None = None  # None: the cores of the CPU devices in use
     prefill_chunk: int = PREFILL_CHUNK  # prompt tokens per pass
     workload: Workload | None = None  # what to plan for; None: the schedule's own, else a few sequences at once
-    executor: str = "local"
+    executor: str = "local"  # or "ray": each stage is a process of a cluster
+    stages: int | None = None  # of a cluster; None: as many as the schedule has
+    micro_batches: int | None = None  # passes on their way through the stages at once; None: one for each stage
+    address: str | None = None  # of the Ray cluster; None: one of this machine's own, for this run
+    insecure: bool = False  # a cluster without a token is joined
     cache_policy: str | None = None  # which routed experts stay in memory; None: the schedule's
     lookahead: int | None = None  # layers ahead that routed experts are guessed and read; None: the schedule's
     io_threads: int | None = None  # that read pages from disk
@@ -38,8 +43,10 @@ class RuntimeConfig:
     kernels: str = "auto"  # instruction set of the native operators, "reference" for torch's; "auto": the best here
 
     def __post_init__(self) -> None:
-        if self.executor != "local":
-            raise InvalidInput(f"executor {self.executor!r}: this version has only 'local'; Ray clusters are not in it")
+        if self.executor not in EXECUTORS:
+            raise InvalidInput(f"executor {self.executor!r} is not one of {', '.join(EXECUTORS)}")
+        if self.executor == "local" and (self.stages or 1) > 1:
+            raise InvalidInput(f"{self.stages} stages are processes of a cluster; give --executor ray for them")
         for name, most in (
             ("max_model_len", 2**31),
             ("max_num_seqs", 2**20),
@@ -47,6 +54,8 @@ class RuntimeConfig:
             ("prefill_chunk", 2**20),
             ("io_threads", 256),
             ("kv_tokens", 2**40),
+            ("stages", 4096),
+            ("micro_batches", 4096),
         ):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)

@@ -1,23 +1,72 @@
-"""One pass at a time for any number of requests: asks the batching what to compute, has it computed, samples.
-Knows no threads and no clients; `LLM` and `EngineService` drive it."""
+"""One pass after the other for any number of requests: asks the batching what to compute, has it computed, and tells the
+requests what came of it. Knows no threads and no clients; `LLM` and `EngineService` drive it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
+from ciuic_runtime.devices.errors import CiuicError
 from ciuic_runtime.engine.batching import Batching, Pass
+from ciuic_runtime.engine.draw import Draw, Drawn, draw_all, draws_of
 from ciuic_runtime.engine.executor import LocalExecutor
-from ciuic_runtime.engine.guide import GuideFailed
 from ciuic_runtime.engine.request import Request, Update
-from ciuic_runtime.engine.sampling import TokenLogprob, sample, token_logprob
 from ciuic_runtime.models.batch import make_batch
 
 
+class StageLost(CiuicError):
+    """A stage's process or node is gone, or does not answer."""
+
+    def __init__(self, index: int, node: str, why: str) -> None:
+        super().__init__(f"stage {index}{f' on {node}' if node else ''} was lost: {why}")
+        self.index, self.node, self.why = index, node, why
+
+
+class Runner(Protocol):
+    """Computes passes, in the order in which they begin."""
+
+    depth: int  # so many passes may be on their way at once
+
+    def begin(self, todo: Pass, draws: Sequence[Draw]) -> None: ...
+
+    def end(self) -> tuple[Pass, list[Drawn]]:
+        """Of the pass that began first."""
+
+
+class LocalRunner:
+    """In this process, when it begins."""
+
+    depth = 1
+
+    def __init__(self, executor: LocalExecutor) -> None:
+        self.executor = executor
+        self._done: tuple[Pass, list[Drawn]] | None = None
+
+    def begin(self, todo: Pass, draws: Sequence[Draw]) -> None:
+        drawn: list[Drawn] = []
+
+        def sampler(logits: torch.Tensor) -> None:
+            drawn.extend(self.draw(draws, logits))
+
+        self.executor.step(make_batch(todo.chunks), todo.phase, sampler)
+        self._done = todo, drawn
+
+    def draw(self, draws: Sequence[Draw], logits: torch.Tensor) -> list[Drawn]:
+        return draw_all(draws, logits)
+
+    def end(self) -> tuple[Pass, list[Drawn]]:
+        assert self._done is not None, "no pass has begun"
+        done, self._done = self._done, None
+        return done
+
+
 class Engine:
-    def __init__(self, executor: LocalExecutor, batching: Batching) -> None:
-        self.executor, self.batching = executor, batching
+    def __init__(self, runner: Runner, batching: Batching) -> None:
+        self.runner, self.batching = runner, batching
+        batching.depth = runner.depth
+        self._begun = 0  # passes on their way
 
     @property
     def busy(self) -> bool:
@@ -27,73 +76,61 @@ class Engine:
         self.batching.add(request)
 
     def cancel(self, request: Request) -> bool:
-        """Not while a pass runs; whether it was still there. Its blocks are free afterwards."""
+        """Not while `step` runs; whether it was still there. Its blocks are free now, or when its pass has ended."""
         there = self.batching.cancel(request)
         if there:
             request.finish("interrupted")
         return there
 
     def step(self) -> tuple[Pass | None, list[Update]]:
-        """The next pass, if there is anything to do, and what came of it. If the pass itself fails, what it raises goes
-        to the caller, and its requests are still there."""
-        todo = self.batching.next_pass()
-        if todo is None:
+        """The next pass that ends, if there is anything to do, and what came of it. If it fails, what it raises goes to
+        the caller, and its requests are still there."""
+        while self._begun < self.runner.depth and (todo := self.batching.next_pass()) is not None:
+            self.runner.begin(todo, draws_of(todo))
+            self._begun += 1
+        if not self._begun:
             return None, []
-        updates: list[Update] = []
-
-        def sampler(logits: torch.Tensor) -> None:
-            self.batching.computed(todo)
-            updates.extend(self._updates(todo, logits))
-
-        self.executor.step(make_batch(todo.chunks), todo.phase, sampler)
+        done, drawn = self.runner.end()
+        self._begun -= 1
+        self.batching.computed(done)
+        updates = self._updates(done, drawn)
         self.batching.release_finished()
-        return todo, updates
+        return done, updates
 
-    def _updates(self, done: Pass, logits: torch.Tensor) -> list[Update]:
-        updates, at = [], 0
-        for request, chunk in zip(done.requests, done.chunks, strict=True):
-            if not chunk.sample:
-                continue
-            rows = len(chunk.token_ids) if chunk.sample == "all" else 1
-            mine, at = logits[at : at + rows], at + rows
+    def restart(self) -> None:
+        """What was on its way and what was cached is lost; all that ran catches up from its tokens."""
+        self._begun = 0
+        self.batching.restart()
+
+    def reset(self) -> None:
+        """Everything is forgotten, wherever an exception may have struck."""
+        self._begun = 0
+        self.batching.reset()
+
+    def _updates(self, done: Pass, drawn: Sequence[Drawn]) -> list[Update]:
+        sampled = [(r, c) for r, c in zip(done.requests, done.chunks, strict=True) if c.sample]
+        updates = []
+        for (request, chunk), one in zip(sampled, drawn, strict=True):
+            if request.finish_reason:
+                continue  # cancelled while it was computed
             if chunk.sample == "all":
-                self._tell_prompt(request, chunk.position, mine)
+                before = request.prompt_logprobs[: chunk.position + 1] or [None]
+                request.prompt_logprobs[:] = [*before, *one.told]
             if request.computed == request.num_tokens:
-                updates.append(self._next(request, mine[-1]))
+                updates.append(_next(request, one))
         return updates
 
-    def _tell_prompt(self, request: Request, position: int, logits: torch.Tensor) -> None:
-        """Each row says how likely the token after its own was."""
-        count, told = request.params.prompt_logprobs or 0, request.prompt_logprobs
-        if position == 0:
-            told[:] = [None]
-        following = request.prompt[position + 1 : position + 1 + len(logits)]
-        told += [token_logprob(row, token, count) for row, token in zip(logits, following, strict=False)]
 
-    def _next(self, request: Request, logits: torch.Tensor) -> Update:
-        """The next token, or that there is none: the request ends with its prompt, or the model made no numbers."""
-        told = () if request.token_ids else tuple(request.prompt_logprobs)
-        if not request.params.max_tokens:
-            text = request.finish("length")
-            return Update(request, text, prompt_logprobs=told, finish_reason=request.finish_reason)
-        try:
-            token, logprobs = self.sample(request, logits)
-        except (FloatingPointError, GuideFailed) as error:
-            request.error = f"prompt {request.index}, position {request.computed}: {error}"
-            text, asked = request.finish("error"), isinstance(error, GuideFailed)
-            return Update(request, text, finish_reason="error", error=request.error, asked_too_much=asked)
-        request.logprobs += logprobs
-        text = request.append(token)
-        return Update(request, text, (token,), tuple(logprobs), told, request.finish_reason)
-
-    def sample(self, request: Request, logits: torch.Tensor) -> tuple[int, Sequence[TokenLogprob]]:
-        """The token that follows a request's last one, by logits float32 [vocab], which may be changed."""
-        params, guide = request.params, request.guide
-        raw = logits.clone() if guide is not None and params.logprobs is not None else logits
-        if guide is not None:
-            guide.mask(logits.numpy())
-        history = request.history if params.repetition_penalty != 1.0 else ()
-        token = sample(logits, params, history, request.seed, request.computed)
-        if guide is not None:
-            guide.accept(token)
-        return token, () if params.logprobs is None else (token_logprob(raw, token, params.logprobs),)
+def _next(request: Request, one: Drawn) -> Update:
+    """The next token, or that there is none: the request ends with its prompt, or the model made no numbers."""
+    told = () if request.token_ids else tuple(request.prompt_logprobs)
+    if one.error is not None:
+        request.error, text = one.error, request.finish("error")
+        return Update(request, text, finish_reason="error", error=one.error, asked_too_much=one.asked_too_much)
+    if one.token is None:
+        text = request.finish("length")
+        return Update(request, text, prompt_logprobs=told, finish_reason=request.finish_reason)
+    logprobs = () if one.logprob is None else (one.logprob,)
+    request.logprobs += logprobs
+    text = request.append(one.token)
+    return Update(request, text, (one.token,), logprobs, told, request.finish_reason)

@@ -99,6 +99,8 @@ class LocalExecutor:
         self._most_routed = max(routed, default=1.0)  # tokens of a pass that uses most experts of a layer
         self._nearly_all_routed = max((math.log(1 - ALL) / math.log1p(-1 / n) for n in routed if n > 1), default=1.0)
         self._program = self._compile(progress or (lambda done, total: None))
+        takes = {key for i in self._program for key in (*i.inputs, *((i.task.after[0], d) for d in i.experts))}
+        self._received = {name: [d for n, d in sorted(takes) if n == name] for name in graph.given}
 
     def _forward(self, spec: ModelSpec, kernels: str, backend: Backend) -> Forward | NativeForward:
         if not self.native:
@@ -110,10 +112,14 @@ class LocalExecutor:
         return NativeForward(spec, self.cache, native)
 
     @torch.inference_mode()
-    def step(self, batch: Batch, phase: Phase, sampler: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
-        """Runs one pass; logits of the sampled rows, float32 [sampled, vocab] on the host.
+    def step(
+        self, batch: Batch, phase: Phase, sampler: Callable[[torch.Tensor], None] | None = None,
+        received: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Runs one pass; logits of the sampled rows, float32 [sampled, vocab] on the host. Of a part of the graph: takes
+        what the part before handed on, `received` [tokens, hidden], and hands on what its own last task made.
 
-        What `sampler` does with them belongs to the step, and is recorded on the lane "host"."""
+        What `sampler` does with logits belongs to the step, and is recorded on the lane "host"."""
         begin = time.perf_counter()
         self.touched.clear()
         scanning = batch.num_tokens >= self._most_routed
@@ -122,9 +128,11 @@ class LocalExecutor:
         complete = False
         try:
             run = _Run(self, batch, batch.num_tokens >= self._nearly_all_routed)
+            if received is not None:
+                run.receive(received)
             for instruction in self._program:
                 run.execute(instruction)
-            logits = run.host_value("head")
+            logits = run.host_value(self._program[-1].task.name)
             if sampler is not None:
                 self._sample(sampler, logits)
             complete = True
@@ -142,6 +150,11 @@ class LocalExecutor:
         read = float(self.memory.bytes_read_in_step) if self.memory is not None else None
         spans = [(s.position, s.length) for s in batch.sequences]
         return Step.of(phase, spans, len(batch.sampled_rows), touched, read)
+
+    @property
+    def handed_on(self) -> torch.dtype:
+        """Of the residual stream between tasks."""
+        return torch.float32 if self.native else self.dtype
 
     def read(self, page: str, nbytes: int, start: float, end: float) -> None:
         """Records a page's way from disk, on the first lane that is not busy meanwhile."""
@@ -267,6 +280,19 @@ class _Run:
         self.batch, self.reads_all = batch, reads_all
         self.values: dict[tuple[str, str], Any] = {}
         self.passes: dict[str, Any] = {}
+
+    def receive(self, value: torch.Tensor) -> None:
+        """What another process computed, wherever tasks take it."""
+        for name, devices in self.x._received.items():
+            for device in devices:
+                backend = self.x.backends[device]
+                if backend.host_memory:
+                    self.values[name, device] = value
+                else:
+                    copy = backend.launch(_empty_like, value, backend.torch_device, name="receive")
+                    backend.copy(copy, value)
+                    backend.synchronize()
+                    self.values[name, device] = copy
 
     def execute(self, i: _Instruction) -> None:
         values = self.values

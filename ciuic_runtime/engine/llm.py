@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import resource
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -15,31 +14,28 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 
-from ciuic_runtime.devices.backends import open_backend
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput
 from ciuic_runtime.devices.manager import DeviceManager
 from ciuic_runtime.devices.spec import Topology
-from ciuic_runtime.engine.batching import Batching
+from ciuic_runtime.engine.batching import Batching, Pass
 from ciuic_runtime.engine.config import RuntimeConfig
-from ciuic_runtime.engine.engine import Engine
-from ciuic_runtime.engine.executor import LocalExecutor
-from ciuic_runtime.engine.recorder import Recorder
-from ciuic_runtime.engine.request import Request, RequestOutput
+from ciuic_runtime.engine.engine import Engine, StageLost
+from ciuic_runtime.engine.host import Host, LocalHost
+from ciuic_runtime.engine.request import Request, RequestOutput, Update
 from ciuic_runtime.engine.routing import RoutingRecorder
 from ciuic_runtime.engine.sampling import SamplingParams
-from ciuic_runtime.engine.setup import set_up
+from ciuic_runtime.engine.setup import Setup, set_up
 from ciuic_runtime.engine.text import NoText, TextStream
 from ciuic_runtime.memory.hierarchy import MemoryHierarchy
 from ciuic_runtime.memory.kv_cache import BLOCK_TOKENS, blocks_for
 from ciuic_runtime.memory.paging import PagingReport
 from ciuic_runtime.model import Model
-from ciuic_runtime.models.batch import Chunk, make_batch
+from ciuic_runtime.models.batch import Chunk
 from ciuic_runtime.models.checkpoint import Checkpoint, open_checkpoint
 from ciuic_runtime.models.tokenizer import Tokenizer, load_tokenizer
 from ciuic_runtime.ops.native import REFERENCE
 from ciuic_runtime.schedulers.comparison import Comparison
 from ciuic_runtime.schedulers.graph import PHASES, Phase
-from ciuic_runtime.schedulers.memory import memory_need
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.policies.mixing import Mixing, PassTimes
 from ciuic_runtime.schedulers.schedule import Schedule
@@ -51,7 +47,6 @@ if TYPE_CHECKING:
     from ciuic_runtime.engine.guide import Guide
 
 Prompt = str | Sequence[int]
-DEFAULT_LOOKAHEAD = 2
 
 
 class Settings(TypedDict, total=False):
@@ -75,6 +70,10 @@ class Settings(TypedDict, total=False):
     kernels: str
     kv_tokens: int | None
     serving: bool
+    stages: int | None
+    micro_batches: int | None
+    address: str | None
+    insecure: bool
 
 
 class LLM:
@@ -99,57 +98,32 @@ class LLM:
         self._setup = set_up(self._checkpoint, config, schedule, devices)
         self.schedule = self._setup.schedule
         self._set_torch_threads()
-        self._recorder = Recorder()
-        used = self.schedule.devices_used()
-        self._backends = {name: open_backend(self.topology.device(name), self.topology) for name in used}
         num_blocks = cache_tokens(self.context, self.max_num_seqs, config.kv_tokens) // BLOCK_TOKENS
-        self._memory = self._open_memory(config)
-        asked = DEFAULT_LOOKAHEAD if config.lookahead is None else config.lookahead
-        lookahead = self.schedule.paging.lookahead if self.schedule.paging else asked
-        self._executor = LocalExecutor(
-            self.model.spec, self.model.graph, self.schedule, self._checkpoint, self._backends, num_blocks,
-            self._recorder, progress, self.kernels, self.threads, self._setup.replaced, self._memory, lookahead,
-        )  # fmt: skip
+        self._host = _open_host(self._setup, self._checkpoint, num_blocks, config, progress)
         self._next_index = itertools.count()
-        self.engine = Engine(self._executor, self._batching(num_blocks, config))
+        self.engine = Engine(self._host.runner, self._batching(num_blocks, config))
         self._tokenizer: Tokenizer | None = None
         self._closed = False
-        self._warm_up()
+        self._host.warm_up()
         self.load_s = time.perf_counter() - begin  # from opening the checkpoint until ready for prompts
-
-    def _open_memory(self, config: RuntimeConfig) -> MemoryHierarchy | None:
-        """Where pages lie in slots: with native kernels on one CPU, if the checkpoint is packed, must be paged, or the
-        user asks for it."""
-        used, paging = list(self._backends.values()), self.schedule.paging
-        can = self.kernels != REFERENCE and len(used) == 1 and used[0].host_memory
-        wanted = config.paged if config.paged is not None else bool(self.model.spec.packed)
-        if paging is None and not (can and wanted):
-            return None
-        name = used[0].spec.name
-        need = memory_need(self.schedule, self.model.graph, self.schedule.workload)[name]
-        return MemoryHierarchy(
-            self._checkpoint, memory={name: need.total}, format=self.model.format, graph=self.model.graph,
-            cache_policy=(paging.policy if paging else config.cache_policy) or "auto", io_threads=config.io_threads,
-            backend=used[0], reserved=need.total - need.weights,
-        )  # fmt: skip
 
     @property
     def memory(self) -> MemoryHierarchy:
         """Where the model's pages are. Raises InvalidInput where they are not in slots: with torch's operators, with
         several devices, and where an unpacked checkpoint is computed with in its file."""
-        if self._memory is None:
+        if self._host.memory is None:
             raise InvalidInput(
                 f"{self.model.spec.name} is not held in slots here; pack it, or open it with paged=True, with native "
                 "kernels on one CPU"
             )
-        return self._memory
+        return self._host.memory
 
     @property
     def paging(self) -> PagingReport | None:
         """What the last `generate`, `stream` or `logits` read and waited for; None where everything is in memory."""
-        if self._memory is None or not (self.schedule.paging or self._memory.report.anything):
+        if self._host.memory is None or not (self.schedule.paging or self._host.memory.report.anything):
             return None
-        return self._memory.report
+        return self._host.memory.report
 
     @property
     def model(self) -> Model:
@@ -200,25 +174,36 @@ class LLM:
         requests = self._requests(prompts, params)
         self._check_idle()
         self._forecast(requests)
-        self._clear_records()
+        self._host.clear_trace()
         try:
             for request in requests:
                 self.engine.add(request)
             while self.engine.busy:
-                for update in self.engine.step()[1]:
+                for update in self.step()[1]:
                     if update.error:
                         raise CiuicError(update.error)
                     yield update.text, update.request.output()
         finally:
             if unfinished := [request for request in requests if not request.finish_reason]:
-                self.engine.batching.reset()
+                self.engine.reset()
                 for request in unfinished:
                     request.finish("interrupted")
 
+    def step(self) -> tuple[Pass | None, list[Update]]:
+        """The engine's next pass. Where a stage of a cluster is lost, what is left goes on from the tokens so far."""
+        try:
+            return self.engine.step()
+        except StageLost as lost:
+            self.schedule = self._host.recover(lost)
+            self.engine.restart()
+            return None, []
+
     def record_routing(self) -> RoutingRecorder:
         """From now on, which experts each token uses; the recorder's `routing()` is what was recorded so far."""
+        if not isinstance(self._host, LocalHost):
+            raise InvalidInput("routing is recorded in one process; run without a cluster for that")
         recorder = RoutingRecorder(self.model.graph)
-        self._executor.on_routing = recorder.record
+        self._host.executor.on_routing = recorder.record
         return recorder
 
     def logits(self, token_ids: Sequence[int], chunk: int | None = None) -> torch.Tensor:
@@ -226,7 +211,7 @@ class LLM:
 
         The trace is of this afterwards."""
         self._check_idle()
-        self._clear_records()
+        self._host.clear_trace()
         self._check_ids(token_ids, "the prompt")
         self._check_length(len(token_ids), 0, "the prompt")
         pool = self.engine.batching.blocks
@@ -236,7 +221,7 @@ class LLM:
         try:
             for at in range(0, len(token_ids), size):
                 piece = Chunk(tuple(token_ids[at : at + size]), at, tuple(blocks), prompt=True, sample="all")
-                parts.append(self._executor.step(make_batch([piece]), "prefill").clone())
+                parts.append(self._host.logits([piece], "prefill"))
         finally:
             pool.release(blocks)
         return torch.cat(parts)
@@ -244,9 +229,9 @@ class LLM:
     def run_pass(self, chunks: Sequence[Chunk], phase: Phase) -> None:
         """One pass as given, for measuring; the trace is of it alone afterwards, and no prefix is shared that was."""
         self._check_idle()
-        self._clear_records()
+        self._host.clear_trace()
         self.engine.batching.blocks.clear()
-        self._executor.step(make_batch(chunks), phase)
+        self._host.logits(chunks, phase)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -258,9 +243,10 @@ class LLM:
     @property
     def trace(self) -> Trace:
         """What happened in the last `generate`, `stream` or `logits`."""
-        notes = [f"{d.name} is simulated" for d in self.topology.devices if d.simulated and d.name in self._backends]
+        used = self.schedule.devices_used()
+        notes = [f"{d.name} is simulated" for d in self.topology.devices if d.simulated and d.name in used]
         notes += [f"operator {r.name!r} replaces {r.replaces}" for r in self._setup.replaced.by_replaced.values()]
-        return self._recorder.trace(self.schedule.devices_used(), notes)
+        return self._host.trace(used, notes)
 
     def forecast_trace(self) -> Trace:
         """What the schedule is forecast to do, pass by pass."""
@@ -274,14 +260,13 @@ class LLM:
         return trace.against(self.schedule, self._setup.recost(self.schedule, passes) if known and passes else None)
 
     def peak_memory_bytes(self) -> dict[str, int]:
-        """By device: for CPUs the process's peak resident memory (the system's figure), else what was allocated."""
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {n: resident if b.host_memory else b.memory().peak for n, b in self._backends.items()}
+        """By device: for CPUs the peak resident memory of the process that computes there, else what was allocated."""
+        return self._host.peak_memory_bytes()
 
     def close(self) -> None:
         """Gives back weights, cache and files; the trace can still be read."""
         self._closed = True
-        self._executor.close()
+        self._host.close()
         self._checkpoint.close()
 
     def __enter__(self) -> LLM:
@@ -291,15 +276,6 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def _warm_up(self) -> None:
-        """One prompt pass and one decode pass, so that thread pools and compiled primitives exist before the first
-        request; what they leave in the cache is overwritten. Not where pages would have to be read for it."""
-        if self._memory is not None and not self._memory.state.whole:
-            return
-        self._executor.step(make_batch([Chunk((0, 0), 0, (0,), prompt=True)]), "prefill")
-        self._executor.step(make_batch([Chunk((0,), 2, (0,), prompt=False)]), "decode")
-        self._clear_records()
 
     def _batching(self, num_blocks: int, config: RuntimeConfig) -> Batching:
         """Prompts first; unless people wait for each other's, and not for the last of them: then as forecasts say."""
@@ -354,11 +330,6 @@ class LLM:
         if work != self.schedule.workload:
             self.schedule = self._setup.forecast(work)
 
-    def _clear_records(self) -> None:
-        self._recorder.clear()
-        if self._memory is not None:
-            self._memory.report.clear()
-
     def _check_idle(self) -> None:
         if self._closed:
             raise InvalidInput("this LLM is closed; open another one")
@@ -369,12 +340,12 @@ class LLM:
     @property
     def paged_memory(self) -> MemoryHierarchy | None:
         """Where pages are, if some are read from disk while the model runs."""
-        return self._memory if self.schedule.paging else None
+        return self._host.memory if self.schedule.paging else None
 
     def forget_trace(self, most: int) -> None:
         """Begins the trace anew if it has more events than that: one that goes on for days must not grow."""
-        if self._recorder.num_events > most:
-            self._recorder.clear()
+        if self._host.num_events() > most:
+            self._host.clear_trace()
 
     def use_in_this_thread(self) -> None:
         """To be called in a thread before passes run in it."""
@@ -412,6 +383,21 @@ class LLM:
     def _eos(self) -> set[int]:
         found = set(self.model.spec.eos_token_ids)
         return found | set(self._tokenizer.eos_token_ids) if self._tokenizer else found
+
+
+def _open_host(
+    setup: Setup, checkpoint: Checkpoint, num_blocks: int, config: RuntimeConfig,
+    progress: Callable[[int, int], None] | None,
+) -> Host:  # fmt: skip
+    """Where passes run, by the name of the executor."""
+    if config.executor == "ray":
+        from ciuic_runtime.cluster.host import ClusterHost
+
+        return ClusterHost(setup, num_blocks, config, progress)
+    return LocalHost(
+        setup.model, setup.model.graph, setup.schedule, checkpoint, num_blocks, config, setup.kernels, setup.threads,
+        setup.replaced, progress,
+    )  # fmt: skip
 
 
 def _as_int(token: Any, index: int) -> int:

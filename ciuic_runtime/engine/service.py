@@ -230,7 +230,7 @@ class EngineService:
         """What one pass did. A pass that fails ends the requests that run, and the next ones are tried again."""
         batching, begin = self._engine.batching, time.perf_counter()
         try:
-            done, updates = self._engine.step()
+            done, updates = self.llm.step()
         except Exception as error:
             log.error("a pass failed, and with it %d requests: %s", len(batching.running), error, exc_info=True)
             return [self._failed(request, error) for request in list(batching.running)]

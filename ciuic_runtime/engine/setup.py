@@ -4,7 +4,7 @@ Everything that can be refused is refused here, before a weight is read."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from ciuic_runtime.curves import load_calibration
@@ -26,7 +26,8 @@ from ciuic_runtime.planning import plan, with_disk
 from ciuic_runtime.schedulers.calibration import Calibration
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import Step, TaskGraph
-from ciuic_runtime.schedulers.memory import capacity, limit_memory, memory_need
+from ciuic_runtime.schedulers.memory import capacity, limit_memory, memory_need, node_of
+from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.policies.mixing import PassTimes, Size
 from ciuic_runtime.schedulers.predict import predict
 from ciuic_runtime.schedulers.schedule import Schedule
@@ -52,6 +53,7 @@ class Setup:
     kernels: str  # instruction set, or "reference"
     replaced: Replacements = field(default_factory=Replacements)  # the user's operators, as registered now
     calibration: Calibration = field(default_factory=Calibration)
+    config: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def forecast(self, work: Workload) -> Schedule:
         """The schedule with its forecast made anew for a workload; without one where a device's speed is not known."""
@@ -60,6 +62,19 @@ class Setup:
             return replace(schedule, predicted=predict(schedule, self.model.graph, self._cost(work)))
         except InvalidInput as error:
             return replace(schedule, predicted=None, notes=(*schedule.notes, f"no forecast: {error}"))
+
+    def without_nodes(self, gone: Collection[str]) -> Setup:
+        """Planned again over the nodes that are left, for the same context and batch; of the user's rules, those that
+        name only what is gone no longer count. Raises OutOfMemory where what is left cannot hold the model."""
+        left = [d.name for d in self.topology.devices if node_of(d.name) not in gone]
+        topology, config, rules = self.topology.only(left), self.config, self.config.placement
+        if rules is not None:
+            rules = Placement(tuple(r for r in rules.rules if not all(node_of(on) in gone for on in r.on)))
+        schedule = plan(
+            self.model, topology, memory=config.memory, goal=config.goal or self.schedule.goal,
+            workload=self.schedule.workload, placement=rules, kernels=config.kernels, calibration=self.calibration,
+        )  # fmt: skip
+        return replace(self, topology=topology, schedule=schedule)
 
     def recost(self, schedule: Schedule, passes: Iterable[Step]) -> Trace:
         """What the cost model makes of passes as they came."""
@@ -108,7 +123,7 @@ def set_up(
     if kernels == REFERENCE and model.format in PACKED_FORMATS:
         _check_unpacked(model)
     _warn_of_unused(replaced, spec)
-    setup = Setup(model, topology, schedule, context, batch, threads, kernels, replaced, calibration)
+    setup = Setup(model, topology, schedule, context, batch, threads, kernels, replaced, calibration, config)
     expected = replace(config.workload or schedule.workload, batch=batch)
     stale = schedule.policy == "as given" or schedule.workload != expected
     return replace(setup, schedule=setup.forecast(expected)) if stale else setup
@@ -239,7 +254,8 @@ def _workload(work: Workload | None, context: int, batch: int, kv_tokens: int | 
 def _check_host(schedule: Schedule, graph: TaskGraph, work: Workload) -> None:
     """CPUs and simulated devices, however they were declared, all live in this host's memory."""
     need = memory_need(schedule, graph, work)
-    on_host = {name: n.total for name, n in need.items() if schedule.topology.device(name).kind in ("CPU", "SIM")}
+    kinds = {d.name: d.kind for d in schedule.topology.devices if not node_of(d.name)}  # other nodes have their own
+    on_host = {name: n.total for name, n in need.items() if kinds.get(name) in ("CPU", "SIM")}
     room = sum(capacity(d) for d in discover_cpus())
     if sum(on_host.values()) > room:
         each = ", ".join(f"{format_bytes(n)} for {name}" for name, n in on_host.items())

@@ -52,6 +52,13 @@ class PassTimes:
             self._known[size] = self._simulated(size)
         return self._known[size]
 
+    def of_step(self, step: Step) -> float:
+        """Of a pass as the cost model sees it, whose tokens are all of its phase."""
+        mean = int(step.positions / step.sequences)
+        if step.phase == "decode":
+            return self.seconds(Size(step.sequences, mean))
+        return self.seconds(Size(0, 0, step.tokens, max(0, mean - step.tokens // step.sequences)))
+
     def _simulated(self, size: Size) -> float:
         decodes = Step.decode(size.context, size.decodes) if size.decodes else None
         run = Run(self._schedule, self._graph, self._cost)

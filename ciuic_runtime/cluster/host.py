@@ -1,0 +1,156 @@
+"""A model on a cluster: its stages where the schedule has them, and what is done when some are lost.
+Knows the plan and how to make another one; passes go through `runner.py`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ciuic_runtime.devices.ray_nodes import NODE_ID
+from ciuic_runtime.devices.ray_session import join
+from ciuic_runtime.cluster.runner import PlacedStage, RayRunner
+from ciuic_runtime.cluster.stage_worker import StagePlan
+from ciuic_runtime.devices.errors import InvalidInput
+from ciuic_runtime.engine.config import RuntimeConfig
+from ciuic_runtime.engine.engine import StageLost
+from ciuic_runtime.engine.setup import Setup
+from ciuic_runtime.models.batch import Chunk
+from ciuic_runtime.schedulers.graph import Phase, Step
+from ciuic_runtime.schedulers.memory import node_of
+from ciuic_runtime.schedulers.policies.mixing import PassTimes
+from ciuic_runtime.schedulers.schedule import Schedule
+from ciuic_runtime.schedulers.stages import Stage, stages_of
+from ciuic_runtime.schedulers.trace import Trace
+
+log = logging.getLogger("ciuic")
+
+MOST_LOSSES = 50  # in the life of a model; then something else is wrong
+CHANCES = 2  # for a node to start a stage again after a loss
+
+
+class ClusterHost:
+    memory = None  # pages are in the stages' processes
+
+    def __init__(
+        self, setup: Setup, num_blocks: int, config: RuntimeConfig, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Joins the cluster, or starts one, and waits until every stage is ready."""
+        self._config, self._setup, self._num_blocks, self._progress = config, setup, num_blocks, progress
+        if setup.replaced:
+            raise InvalidInput("operators of your own run in one process; leave them out, or run without a cluster")
+        self._own = config.address is None
+        self.ray = join(config.address, config.insecure)
+        self._notes: list[str] = []
+        self._lost_nodes: set[str] = set()
+        self._losses: Counter[str] = Counter()  # of stages, by node
+        self._resident: dict[str, int] = {}
+        stages = self._placed(setup.schedule)
+        depth = config.micro_batches or len(stages)
+        self.runner = RayRunner(self.ray, stages, depth, self._forecast(), progress)
+
+    def _forecast(self) -> Callable[[Step], float | None]:
+        times: PassTimes | None = self._setup.pass_times()
+        return (lambda step: times.of_step(step)) if times else (lambda step: None)
+
+    def _placed(self, schedule: Schedule) -> list[PlacedStage]:
+        graph = self._setup.model.graph
+        stages = stages_of(schedule, graph, None if self._lost_nodes else self._config.stages)
+        on_node = Counter(stage.node for stage in stages)
+        return [self._place(stage, on_node[stage.node]) for stage in stages]
+
+    def _place(self, stage: Stage, on_node: int) -> PlacedStage:
+        devices = [stage.schedule.topology.device(name) for name in stage.schedule.devices_used()]
+        node_id = next((str(d.facts[NODE_ID]) for d in devices if NODE_ID in d.facts), None)
+        if stage.node and node_id is None:
+            raise InvalidInput(
+                f"the schedule has stages on {stage.node}, and it is not known which of Ray's nodes that is; plan with "
+                "DeviceManager.from_ray(address), or --devices ray"
+            )
+        cores = sum(d.cores for d in devices if d.kind == "CPU") or os.cpu_count() or 1
+        threads = self._config.threads or max(1, cores // on_node)
+        here = [n for n in self.ray.nodes() if n["Alive"] and node_id in (None, n["NodeID"])]
+        offered = max((n["Resources"].get("CPU", 0.0) for n in here), default=0.0)
+        setup, config = self._setup, self._config
+        plan = StagePlan(
+            stage.index, str(Path(setup.model.source).resolve()), setup.model.format, setup.model.prefill_chunk,
+            tuple(task.name for task in stage.graph), stage.graph.given, json.dumps(stage.schedule.to_dict()),
+            self._num_blocks, setup.kernels, threads, config.cache_policy, config.lookahead, config.io_threads,
+            config.paged,
+        )  # fmt: skip
+        return PlacedStage(plan, stage.node, node_id, min(float(threads), offered / on_node))
+
+    # Losses
+
+    def recover(self, lost: StageLost) -> Schedule:
+        """Starts what was lost anew, on its node or, where that is gone, by another plan over what is left. Raises
+        OutOfMemory where that cannot hold the model, and the loss itself where there were too many."""
+        begin = time.perf_counter()
+        while True:
+            log.warning("%s", lost)
+            self._losses[lost.node] += 1
+            if sum(self._losses.values()) > MOST_LOSSES:
+                raise lost
+            planned = self._plan_without_lost_nodes(lost)
+            try:
+                self.runner.begin_stages(self._placed(self._setup.schedule), {lost.index}, self._progress)
+                break
+            except StageLost as another:
+                lost = another
+        seconds = time.perf_counter() - begin
+        again = f", planned again in {planned:.2f} s" if planned else ""
+        self._notes.append(f"{lost}{again}; going on after {seconds:.2f} s")
+        log.warning("%s", self._notes[-1])
+        return self._setup.schedule
+
+    def _plan_without_lost_nodes(self, lost: StageLost) -> float | None:
+        """Seconds that it took; None where every node is still there."""
+        schedule, alive = self._setup.schedule, {n["NodeID"] for n in self.ray.nodes() if n["Alive"]}
+        gone = {
+            node_of(d.name)
+            for d in schedule.topology.devices
+            if NODE_ID in d.facts and (d.facts[NODE_ID] not in alive or self._losses[node_of(d.name)] > CHANCES)
+        }
+        if not gone - self._lost_nodes:
+            return None
+        begin = time.perf_counter()
+        self._lost_nodes |= gone
+        self._setup = self._setup.without_nodes(gone)
+        return time.perf_counter() - begin
+
+    # What every host does
+
+    def logits(self, chunks: Sequence[Chunk], phase: Phase) -> torch.Tensor:
+        return self.runner.logits(chunks, phase)
+
+    def num_events(self) -> int:
+        return len(self.runner.steps) * len(self._setup.model.graph.tasks)
+
+    def clear_trace(self) -> None:
+        self._notes.clear()
+        self.runner.clear_trace()
+
+    def trace(self, devices: Sequence[str], notes: Sequence[str]) -> Trace:
+        events, infos = self.runner.trace()
+        return Trace(tuple(events), tuple(infos), "measured", tuple(devices), (*notes, *self._notes))
+
+    def peak_memory_bytes(self) -> dict[str, int]:
+        return self.runner.peak_memory_bytes()
+
+    def warm_up(self) -> None:
+        self.logits([Chunk((0, 0), 0, (0,), prompt=True)], "prefill")
+        self.logits([Chunk((0,), 2, (0,), prompt=False)], "decode")
+        self.runner.clear_trace()
+
+    def close(self) -> None:
+        """Ends the stages, and the cluster where it was started here."""
+        self.runner.close()
+        if self._own:
+            self.ray.shutdown()
+

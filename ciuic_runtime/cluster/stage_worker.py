@@ -1,0 +1,102 @@
+"""One stage of a schedule, carried out in this process: takes a residual stream as bytes, hands on one, or draws tokens.
+Knows no Ray and no other stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ciuic_runtime.engine.config import RuntimeConfig
+from ciuic_runtime.engine.draw import Draw, Drawn, draw_all
+from ciuic_runtime.engine.host import LocalHost
+from ciuic_runtime.model import Model
+from ciuic_runtime.models.batch import Chunk, make_batch
+from ciuic_runtime.models.checkpoint import open_checkpoint
+from ciuic_runtime.ops.native import REFERENCE, instruction_set
+from ciuic_runtime.schedulers.graph import Phase
+from ciuic_runtime.schedulers.schedule import Schedule
+from ciuic_runtime.schedulers.stages import part_of
+from ciuic_runtime.schedulers.trace import Event
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """All that a stage's process is told: plain data, of which it makes everything anew."""
+
+    index: int
+    model: str  # where the checkpoint is on the stage's node
+    format: str
+    prefill_chunk: int  # tokens
+    tasks: tuple[str, ...]
+    given: tuple[str, ...]  # whose value comes from the stage before
+    schedule: str  # JSON
+    num_blocks: int
+    kernels: str
+    threads: int
+    cache_policy: str | None = None
+    lookahead: int | None = None
+    io_threads: int | None = None
+    paged: bool | None = None
+
+
+class StageWorker:
+    def __init__(self, plan: StagePlan) -> None:
+        self.plan = plan
+
+    def load(self) -> None:
+        """Brings the stage's pages here. Raises InvalidInput where this node cannot do as planned."""
+        plan = self.plan
+        instruction_set(plan.kernels)  # refuses what this node does not have
+        torch.set_num_threads(plan.threads if plan.kernels == REFERENCE else 1)
+        self._checkpoint = open_checkpoint(plan.model)
+        model = Model(self._checkpoint.path, plan.format, self._checkpoint.spec, plan.prefill_chunk)
+        graph = part_of(model.graph, [model.graph.task(name) for name in plan.tasks], plan.given)
+        schedule = Schedule.from_dict(json.loads(plan.schedule), f"the schedule of stage {plan.index}")
+        config = RuntimeConfig(
+            cache_policy=plan.cache_policy, lookahead=plan.lookahead, io_threads=plan.io_threads, paged=plan.paged
+        )
+        self._host = LocalHost(
+            model, graph, schedule, self._checkpoint, plan.num_blocks, config, plan.kernels, plan.threads
+        )
+        self._hidden, self._dtype = model.spec.hidden_size, self._host.executor.handed_on
+
+    def run(self, chunks: Sequence[Chunk], phase: Phase, hidden: bytes | None, draws: Sequence[Draw] | None) -> Any:
+        """One pass: bytes of the residual stream [tokens, hidden], in the dtype that the local executor holds it in, or,
+        of the last stage, of the logits; or, given `draws`, the tokens that are drawn."""
+        batch, executor = make_batch(chunks), self._host.executor
+        received = None
+        if hidden is not None:
+            flat = torch.frombuffer(bytearray(hidden), dtype=torch.uint8).view(self._dtype)
+            received = flat.view(batch.num_tokens, self._hidden)
+        if draws is None:
+            handed = executor.step(batch, phase, received=received)
+            return handed.contiguous().view(torch.uint8).numpy().tobytes()
+        drawn: list[Drawn] = []
+        executor.step(batch, phase, lambda logits: drawn.extend(draw_all(draws, logits)), received)
+        return drawn
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def peak_memory_bytes(self) -> dict[str, int]:
+        return self._host.peak_memory_bytes()
+
+    def clear_trace(self) -> None:
+        self._host.clear_trace()
+
+    def trace(self) -> list[tuple[Event, ...]]:
+        """By pass, with times of this node's clock (s since 1970)."""
+        recorder = self._host.recorder
+        trace = recorder.trace(())
+        begin = time.time() - (time.perf_counter() - recorder.begin)
+        passes: list[list[Event]] = [[] for _ in trace.steps]
+        for e in trace.events:
+            at, end = begin + e.start, begin + e.end
+            passes[e.step].append(Event(e.task, e.lane, at, end, e.step, e.phase, e.kind, e.nbytes))
+        return [tuple(events) for events in passes]

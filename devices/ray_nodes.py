@@ -1,0 +1,130 @@
+"""The devices of a Ray cluster: an actor on every node discovers its own, and pairs of them measure the links between.
+Knows Ray and `DeviceManager`'s results; what is placed there is for schedulers."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from ciuic_runtime.devices.errors import CiuicError
+from ciuic_runtime.devices.ray_session import join
+from ciuic_runtime.devices.spec import DeviceSpec, Link, Topology
+from ciuic_runtime.devices.toml import topology_from_dict, topology_to_dict
+
+NODE_ID = "ray_node_id"  # the fact of a device that says on which of Ray's nodes it is
+SMALL, LARGE = 8 << 10, 16 << 20  # bytes: a token's residual stream, and enough to see the bandwidth
+CALLS = 15  # of which the median counts
+DISCOVERY_SECONDS = 120.0
+Progress = Callable[[str], None]
+
+
+class NodeProbe:
+    """On one node: what is there, and how fast things come from another one's probe."""
+
+    def topology(self, measure: str, path: str | None) -> dict[str, Any]:
+        from ciuic_runtime.devices.manager import DeviceManager
+
+        return topology_to_dict(DeviceManager(path, measure).topology)
+
+    def make(self, nbytes: int) -> bytes:
+        return bytes(nbytes)
+
+    def put(self, nbytes: int) -> list[Any]:
+        """In the node's object store: a reference to it, wrapped so that it is not followed on the way."""
+        import ray
+
+        return [ray.put(bytes(nbytes))]
+
+    def take(self, data: bytes) -> int:
+        return len(data)
+
+    def fetch(self, boxed: list[Any]) -> float:
+        """Seconds until it is here."""
+        import ray
+
+        begin = time.perf_counter()
+        ray.get(boxed[0])
+        return time.perf_counter() - begin
+
+
+def ray_topology(
+    address: str | None, measure: str = "cached", path: str | Path | None = None, insecure: bool = False,
+    progress: Progress | None = None,
+) -> Topology:  # fmt: skip
+    """All nodes' devices as one topology, `node0/cpu` and so on, node0 being the head. Raises CiuicError for a node that
+    does not answer."""
+    ray, say = join(address, insecure), progress or (lambda what: None)
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = nodes_of(ray)
+    probe = ray.remote(num_cpus=0)(NodeProbe)
+    probes = {
+        f"node{i}": probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote()
+        for i, n in enumerate(nodes)
+    }
+    try:
+        parts: dict[str, Topology] = {}
+        for (name, one), node in zip(probes.items(), nodes, strict=True):
+            say(f"looking at {name} ({node['NodeManagerAddress']})")
+            found = _answer(ray, name, one.topology.remote(measure, None if path is None else str(path)))
+            parts[name] = _named(name, node["NodeID"], topology_from_dict(found, name))
+        links: list[Link] = []
+        for a, b in combinations(probes, 2):
+            say(f"measuring the link between {a} and {b}")
+            links += _links(parts, a, b, *_measured(ray, a, b, probes[a], probes[b]))
+    finally:
+        for one in probes.values():
+            ray.kill(one)
+    devices = tuple(d for part in parts.values() for d in part.devices)
+    return Topology(devices, (*(x for part in parts.values() for x in part.links), *links))
+
+
+def nodes_of(ray: Any) -> list[dict[str, Any]]:
+    """Those that are alive, the head first."""
+    alive = [n for n in ray.nodes() if n["Alive"]]
+    return sorted(alive, key=lambda n: ("node:__internal_head__" not in n["Resources"], n["NodeID"]))
+
+
+def _named(node: str, node_id: str, part: Topology) -> Topology:
+    """With the node's name before those of its devices."""
+
+    def named(device: DeviceSpec) -> DeviceSpec:
+        return replace(device, name=f"{node}/{device.name}", facts={**device.facts, NODE_ID: node_id})
+
+    links = (replace(x, src=f"{node}/{x.src}", dst=f"{node}/{x.dst}", domains=()) for x in part.links)
+    return Topology(tuple(map(named, part.devices)), tuple(links))
+
+
+def _measured(ray: Any, a: str, b: str, one: Any, other: Any) -> tuple[float, float]:
+    """Seconds of a hop with a token's residual stream, and bytes/s of large ones."""
+    hops, fetches = [], []
+    for _ in range(CALLS):
+        begin = time.perf_counter()
+        _answer(ray, b, other.take.remote(one.make.remote(SMALL)))
+        hops.append((time.perf_counter() - begin) / 2)
+    for _ in range(3):
+        fetches.append(_answer(ray, b, other.fetch.remote(one.put.remote(LARGE))))
+    latency = statistics.median(hops)
+    return latency, LARGE / max(1e-6, statistics.median(fetches))
+
+
+def _links(parts: dict[str, Topology], a: str, b: str, latency: float, bandwidth: float) -> list[Link]:
+    """Between the CPUs of two nodes, either way: what other devices hand on goes through these."""
+    cpus = {name: [d.name for d in parts[name].devices if d.kind == "CPU"] for name in (a, b)}
+    pairs = [(x, y) for x in cpus[a] for y in cpus[b]]
+    return [Link(src, dst, bandwidth, latency) for x, y in pairs for src, dst in ((x, y), (y, x))]
+
+
+def _answer(ray: Any, node: str, ref: Any) -> Any:
+    try:
+        return ray.get(ref, timeout=DISCOVERY_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        raise CiuicError(f"{node} did not answer in {DISCOVERY_SECONDS:.0f} s; is its raylet running?") from None
+    except ray.exceptions.RayError as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise CiuicError(f"{node} could not be looked at: {first}; is ciuic_runtime installed there?") from error
