@@ -106,6 +106,10 @@ class Batching:
                 for index in range(before // BLOCK_TOKENS, request.computed // BLOCK_TOKENS):
                     self.blocks.publish(self._key(request, index), request.blocks, index)
 
+    def abandon(self) -> None:
+        """Passes on their way do not come back; who was in them is where it was before."""
+        self._flying.clear()
+
     def release_finished(self) -> list[Request]:
         done = [r for r in self.running if r.finish_reason and r.index not in self._flying]
         for request in done:
@@ -117,11 +121,11 @@ class Batching:
     def next_pass(self) -> Pass | None:
         """None: nothing to do."""
         self._admit()
+        most = -(-len(self.running) // self.depth)  # sequences, so that there is something for the other passes
         behind = [r for r in self._idle() if r.catching_up]
         if behind and self.share is None:
-            return self._pass([], self._catch_up(behind, self.chunk_tokens))
-        grown = self._grow()
-        decoding = grown[: -(-len(self.running) // self.depth)]
+            return self._pass([], self._catch_up(behind[:most], self.chunk_tokens))
+        decoding = self._grow()[:most]
         behind = [r for r in self._idle() if r.catching_up]  # growing may have cost some their place
         chunks = self._catch_up(behind, self._room(decoding, behind))
         self._since = 0 if chunks else self._since + 1

@@ -85,12 +85,17 @@ class Engine:
     def step(self) -> tuple[Pass | None, list[Update]]:
         """The next pass that ends, if there is anything to do, and what came of it. If it fails, what it raises goes to
         the caller, and its requests are still there."""
-        while self._begun < self.runner.depth and (todo := self.batching.next_pass()) is not None:
-            self.runner.begin(todo, draws_of(todo))
-            self._begun += 1
-        if not self._begun:
-            return None, []
-        done, drawn = self.runner.end()
+        try:
+            while self._begun < self.runner.depth and (todo := self.batching.next_pass()) is not None:
+                self.runner.begin(todo, draws_of(todo))
+                self._begun += 1
+            if not self._begun:
+                return None, []
+            done, drawn = self.runner.end()
+        except BaseException:
+            self._begun = 0
+            self.batching.abandon()
+            raise
         self._begun -= 1
         self.batching.computed(done)
         updates = self._updates(done, drawn)
