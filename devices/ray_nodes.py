@@ -117,7 +117,7 @@ def _links(parts: dict[str, Topology], a: str, b: str, latency: float, bandwidth
     """Between the CPUs of two nodes, either way: what other devices hand on goes through these."""
     cpus = {name: [d.name for d in parts[name].devices if d.kind == "CPU"] for name in (a, b)}
     pairs = [(x, y) for x in cpus[a] for y in cpus[b]]
-    return [Link(src, dst, bandwidth, latency) for x, y in pairs for src, dst in ((x, y), (y, x))]
+    return [Link(src, dst, bandwidth, latency, "measured") for x, y in pairs for src, dst in ((x, y), (y, x))]
 
 
 def _answer(ray: Any, node: str, ref: Any) -> Any:

@@ -228,7 +228,7 @@ RUN_BAD: list[tuple[Sequence[object], str]] = [
     (("--prompt", "x", "--context", "100000"), "512"),
     (("--prompt", "x", "--dtype", "float8"), "float8"),
     (("--prompt", "x", "--threads", "0"), "threads"),
-    (("--prompt", "x", "--executor", "ray"), "ray"),
+    (("--prompt", "x", "--executor", "spark"), "spark"),
     (("--prompt", "x", "--kernels", "sse"), "reference"),
     (("--prompt", "x", "--kernels", "sse", "--dtype", "float32"), "reference"),
     (("--prompt", "x", "--stages", "2"), "stages"),

@@ -47,7 +47,7 @@ def test_generated_form_agrees_with_the_prompt_form(made: Reference, here: Topol
     """One token at a time as generation computes it: for MLA that is the absorbed form, for prompts the expanded."""
     with open_llm(made.folder, here) as llm:
         got = [
-            llm._executor.step(make_batch([Chunk((t,), at, (3, 1), prompt=False)]), "decode")
+            llm._host.executor.step(make_batch([Chunk((t,), at, (3, 1), prompt=False)]), "decode")
             for at, t in enumerate(made.prompt)
         ]
     assert relative_error(torch.cat(got), made.logits).max() <= 1e-4
@@ -56,7 +56,7 @@ def test_generated_form_agrees_with_the_prompt_form(made: Reference, here: Topol
 def test_several_generated_tokens_in_one_pass(made: Reference, here: Topology) -> None:
     """As when a sequence is replayed: many tokens of the generated form, after a prompt."""
     with open_llm(made.folder, here) as llm:
-        step = llm._executor.step
+        step = llm._host.executor.step
         head = step(make_batch([Chunk(made.prompt[:20], 0, (2,), prompt=True, sample="all")]), "prefill")
         tail = step(make_batch([Chunk(made.prompt[20:], 20, (2,), prompt=False, sample="all")]), "decode")
     assert relative_error(torch.cat([head, tail]), made.logits).max() <= 1e-4
@@ -84,7 +84,7 @@ def test_logits_of_a_mixed_pass(made: Reference, here: Topology) -> None:
     """A pass with a prompt, the rest of another and a generated token: each row as if it were alone."""
     p = made.prompt
     with open_llm(made.folder, here) as llm:
-        step = llm._executor.step
+        step = llm._host.executor.step
         step(make_batch([Chunk(p[:30], 0, (0,), True), Chunk(p[:9], 0, (5,), True)]), "prefill")
         chunks = [
             Chunk(p[30:], 30, (0,), prompt=True, sample="all"),

@@ -233,10 +233,13 @@ def test_a_prefix_that_was_computed_is_not_computed_again() -> None:
     todo = next_pass(batching)
     assert shape(todo)[1] == [(1, 128, 23)]
     assert second.cached == 128
+    give(batching, todo)
     finish(batching)
     whole = prompted(2, [*system[:128]])
     batching.add(whole)
-    assert shape(next_pass(batching))[1] == [(2, 64, 64)], "the last token is computed in any case"
+    todo = next_pass(batching)
+    assert shape(todo)[1] == [(2, 64, 64)], "the last token is computed in any case"
+    give(batching, todo)
     finish(batching)
     assert (batching.blocks.num_used, batching.blocks.num_free + batching.blocks.num_cached) == (0, 16)
 
@@ -261,6 +264,7 @@ def test_one_whose_prefix_is_being_computed_waits_for_it_and_others_go_first() -
     todo = next_pass(batching)
     assert shape(todo)[1] == [(0, 0, 100)]
     assert [r.index for r in batching.running] == [0, 3]
+    give(batching, todo)
     finish(batching)
     assert batching.blocks.num_used == 0
 
@@ -281,11 +285,11 @@ def test_cancelling_frees_at_once_wherever_the_request_is() -> None:
     running, waiting = request(0, 100, 10), request(1, 10, 10)
     batching.add(running)
     batching.add(waiting)
-    next_pass(batching)
+    give(batching, next_pass(batching))
     assert batching.cancel(waiting)
     assert batching.cancel(running)
     assert not batching.cancel(running)
-    assert (batching.blocks.num_free, batching.running, len(batching.waiting)) == (8, [], 0)
+    assert (batching.blocks.num_used, batching.running, len(batching.waiting)) == (0, [], 0)
     assert batching.next_pass() is None
 
 
@@ -388,3 +392,46 @@ def test_those_who_decode_go_on_alone_while_prompts_pause() -> None:
         give(batching, todo)
     decode, shared = [("decode", 1)], [("prefill", 2)]
     assert [(phase, len(rows)) for phase, rows in seen] == decode * 2 + shared + decode * 2 + shared
+
+
+def test_one_that_is_cancelled_while_it_is_computed_is_gone_when_its_pass_is_done() -> None:
+    batching = serving(8, 2)
+    batching.add(one := request(0, 100, 10))
+    todo = next_pass(batching)
+    assert batching.cancel(one)
+    one.finish("interrupted")
+    assert batching.blocks.num_used == 2
+    batching.computed(todo)
+    batching.release_finished()
+    assert (batching.blocks.num_free, batching.running) == (8, [])
+
+
+def test_several_passes_on_their_way_share_no_request() -> None:
+    batching = Batching(32, 8, 512)
+    batching.depth = 2
+    for i in range(4):
+        batching.add(request(i, 20, 5))
+    first, second = next_pass(batching), next_pass(batching)
+    assert [[r.index for r in p.requests] for p in (first, second)] == [[0, 1], [2, 3]]
+    assert batching.next_pass() is None
+    give(batching, first)
+    assert [r.index for r in next_pass(batching).requests] == [0, 1]
+    give(batching, second)
+    assert [r.index for r in next_pass(batching).requests] == [2, 3]
+
+
+def test_what_was_computed_may_be_lost_and_everybody_catches_up() -> None:
+    batching = serving(16, 4)
+    requests = [request(i, 70, 9, ignore_eos=True) for i in range(3)]
+    for one in requests:
+        batching.add(one)
+    for _ in range(5):
+        give(batching, next_pass(batching))
+    before = [list(one.token_ids) for one in requests]
+    assert batching.next_pass() is not None  # and it never comes back
+    batching.restart()
+    assert batching.blocks.num_free == 16
+    assert [r.index for r in batching.waiting] == [0, 1, 2]
+    finish(batching)
+    assert [one.token_ids[: len(had)] for one, had in zip(requests, before, strict=True)] == before
+    assert all(len(one.token_ids) == 9 for one in requests)

@@ -154,7 +154,7 @@ def test_an_interrupt_frees_and_leaves_a_whole_trace(llm: LLM, monkeypatch: pyte
     """Ctrl-C in the middle of a pass: what was generated is there, the broken step is not in the trace."""
     stream = llm.stream(PROMPTS[0], FREE)
     seen = [next(stream)[1] for _ in range(3)]
-    (forward,) = llm._executor.forwards.values()
+    (forward,) = llm._host.executor.forwards.values()
     start = forward.start
     monkeypatch.setattr(forward, "start", lambda batch: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

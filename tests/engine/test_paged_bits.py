@@ -289,8 +289,8 @@ def test_a_lookahead_that_was_asked_for_counts_though_everything_fits_at_first(
 ) -> None:
     """Nothing is guessed with 0: then only what was needed is read, each page once for each miss."""
     with opened(models["int4"], here, lookahead=lookahead) as llm:
-        assert llm._executor.lookahead == lookahead
+        assert llm._host.executor.lookahead == lookahead
         llm.squeeze(0.2)
         llm.run([1])
-        guesses = [i.ahead.guesses for i in llm._executor._program if i.ahead is not None]
+        guesses = [i.ahead.guesses for i in llm._host.executor._program if i.ahead is not None]
         assert any(guesses) == bool(lookahead)

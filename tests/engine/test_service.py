@@ -17,7 +17,7 @@ from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.engine.llm import LLM
 from ciuic_runtime.engine.request import Update
 from ciuic_runtime.engine.sampling import SamplingParams
-from ciuic_runtime.engine.service import EngineService, PassInfo, QueueFull, ShuttingDown
+from ciuic_runtime.engine.service import EngineService, PassInfo, QueueFull, ShuttingDown, Submission
 from ciuic_runtime.models.random_checkpoint import write_random_checkpoint
 from ciuic_runtime.ops.native import kernels
 
@@ -43,6 +43,10 @@ def workload(seed: int) -> list[tuple[list[int], SamplingParams]]:
 async def whole(service: EngineService, prompt: list[int], params: SamplingParams, **rest: Any) -> list[Update]:
     async with service.submit(prompt, params, **rest) as submission:
         return [update async for update in submission]
+
+
+async def collected(submission: Submission) -> list[Update]:
+    return [update async for update in submission]
 
 
 def tokens(updates: list[Update]) -> list[int]:
@@ -185,21 +189,25 @@ def test_what_cannot_be_run_is_refused_before_it_is_let_in(
 
 
 def test_a_request_whose_logits_are_no_numbers_ends_alone(model: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = model.engine.sample
+    runner = model.engine.runner
+    draw, bad = runner.draw, []  # type: ignore[attr-defined]
 
-    def broken(request: Any, logits: torch.Tensor) -> Any:
-        if request.prompt == (5,) and len(request.token_ids) == 2:
-            logits.fill_(float("nan"))
-        return sample(request, logits)
+    def broken(draws: Any, logits: torch.Tensor) -> Any:
+        for row, one in enumerate(draws):
+            if [one.index] == bad and one.position == 3:
+                logits[row] = float("nan")
+        return draw(draws, logits)
 
-    monkeypatch.setattr(model.engine, "sample", broken)
+    monkeypatch.setattr(runner, "draw", broken)
 
     async def act(service: EngineService) -> Any:
-        return await asyncio.gather(whole(service, [5], LONG), whole(service, [6], LONG)), service.stats()
+        first = service.submit([5], LONG)
+        bad.append(first.request.index)
+        return await asyncio.gather(collected(first), whole(service, [6], LONG)), service.stats()
 
-    (bad, good), stats = served(model, act)
-    assert (bad[-1].finish_reason, len(tokens(bad))) == ("error", 2)
-    assert "NaN" in bad[-1].error
+    (failed, good), stats = served(model, act)
+    assert (failed[-1].finish_reason, len(tokens(failed))) == ("error", 2)
+    assert "NaN" in failed[-1].error
     assert len(tokens(good)) == 200
     assert stats.kv_blocks_used == 0
 
@@ -207,7 +215,7 @@ def test_a_request_whose_logits_are_no_numbers_ends_alone(model: LLM, monkeypatc
 def test_a_pass_that_fails_ends_those_that_ran_and_the_service_goes_on(
     model: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, calls = model._executor.step, []
+    step, calls = model._host.executor.step, []
 
     def failing(*arguments: Any) -> Any:
         calls.append(1)
@@ -215,7 +223,7 @@ def test_a_pass_that_fails_ends_those_that_ran_and_the_service_goes_on(
             raise OSError("the disk is gone")
         return step(*arguments)
 
-    monkeypatch.setattr(model._executor, "step", failing)
+    monkeypatch.setattr(model._host.executor, "step", failing)
 
     async def act(service: EngineService) -> Any:
         failed = await asyncio.gather(whole(service, [5], LONG), whole(service, [6], LONG))
@@ -296,7 +304,7 @@ def test_every_pass_is_told_with_its_forecast_and_the_trace_does_not_grow(
     assert sum(info.decode_tokens for info in told) == 2 * 99
     assert sum(info.prompt_tokens for info in told) == 40
     assert all(info.forecast_seconds and info.seconds > 0 for info in told)
-    assert model._recorder.num_events <= 1000 + 200
+    assert model._host.num_events() <= 1000 + 200
     assert (stats.prompt_tokens, stats.generated_tokens) == (40, 200)
 
 

@@ -173,7 +173,7 @@ def test_weights_and_cache_of_the_other_device_are_accounted(tiny_v3: Path, two_
     model = Model(tiny_v3, "bfloat16")
     schedule = by_hand(model, two_devices, CASES["one layer"])
     with LLM(tiny_v3, devices=two_devices, schedule=schedule, max_model_len=256, max_num_seqs=3, threads=1) as llm:
-        used = llm._backends["sim:0"].memory().used
+        used = llm._host.backends["sim:0"].memory().used
         peak = llm.peak_memory_bytes()
     cache = 3 * 256 * model.graph.task("layers.2.attention").kv_bytes_per_token
     expected = schedule.weight_bytes()["sim:0"] + cache

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ciuic_runtime.engine.draw import Draw, Drawn
+from ciuic_runtime.engine.engine import LocalRunner
 from ciuic_runtime.engine.llm import LLM
-from ciuic_runtime.engine.request import Request
 
 
 class Watched(LLM):
@@ -15,10 +17,16 @@ class Watched(LLM):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self.seen, sample = {}, self.engine.sample
+        runner = self.engine.runner
+        assert isinstance(runner, LocalRunner)
+        self.seen, draw = {}, runner.draw
 
-        def watched(request: Request, logits: torch.Tensor) -> Any:
-            self.seen.setdefault(request.index, []).append(logits.clone())
-            return sample(request, logits)
+        def watched(draws: Sequence[Draw], logits: torch.Tensor) -> list[Drawn]:
+            at = 0
+            for one in draws:
+                at += one.rows
+                if one.wanted:
+                    self.seen.setdefault(one.index, []).append(logits[at - 1].clone())
+            return draw(draws, logits)
 
-        self.engine.sample = watched  # type: ignore[method-assign]
+        runner.draw = watched  # type: ignore[method-assign]
