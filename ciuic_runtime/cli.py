@@ -99,7 +99,8 @@ Stages = Annotated[
     int | None, typer.Option("--stages", help="processes in a row, each with some layers; default: as the plan has it")
 ]
 Address = Annotated[
-    str | None, typer.Option("--address", metavar="HOST:PORT", help="of a Ray cluster; default: one of this machine's own")
+    str | None,
+    typer.Option("--address", metavar="HOST:PORT", help="of a Ray cluster; default: one of this machine's own"),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="join a cluster that asks for no token")]
 Context = Annotated[int | None, typer.Option("--context", help="positions per sequence: prompt and new tokens")]
@@ -652,10 +653,11 @@ def _open(
     from ciuic_runtime.show import plan_line, progress_bar
 
     saved = ciuic.Schedule.from_json(schedule) if schedule else None
+    hw: DeviceManager | None = None
     if options.get("address") and not devices:
         hw = _cluster(options["address"], options["insecure"])
-    else:
-        hw = _hardware(devices) if devices or not saved else None
+    elif devices or not saved:
+        hw = _hardware(devices)
     with progress_bar("loading") as progress:
         llm = ciuic.LLM(
             model, schedule=saved, placement=_placement(placement), memory=_budgets(memory), devices=hw,

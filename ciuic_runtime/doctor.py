@@ -162,6 +162,7 @@ _CHECKS: tuple[Callable[[], Check], ...] = (
     _nvidia_driver,
     _torch_cuda,
     _package("triton", "nothing yet: only GPU kernels, which come later, need it", "pip install 'ciuic_runtime[gpu]'"),
-    _package("ray", "nothing yet: only clusters, which come later, need it", "pip install 'ciuic_runtime[cluster]'"),
+    _package("ray", "clusters: --executor ray, ciuic launch", "pip install 'ciuic_runtime[cluster]'"),
+    _package("llguidance", "a server's response_format", "pip install 'ciuic_runtime[guided]'"),
     _package("transformers", "nothing when running models: only tests compare with it", "pip install transformers"),
 )

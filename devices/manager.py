@@ -65,8 +65,8 @@ class DeviceManager:
 
     @classmethod
     def from_ray(
-        cls, address: str | None = None, measure: str = "cached", path: str | Path | None = None, insecure: bool = False,
-        progress: Progress | None = None,
+        cls, address: str | None = None, measure: str = "cached", path: str | Path | None = None,
+        insecure: bool = False, progress: Progress | None = None,
     ) -> DeviceManager:  # fmt: skip
         """The devices of all nodes of a Ray cluster (None: of one that is started on this machine), `node0/cpu` and so
         on, with the links between them as measured now. `path`: a folder on each node whose disk is looked at."""

@@ -56,17 +56,15 @@ def ray_topology(
     address: str | None, measure: str = "cached", path: str | Path | None = None, insecure: bool = False,
     progress: Progress | None = None,
 ) -> Topology:  # fmt: skip
-    """All nodes' devices as one topology, `node0/cpu` and so on, node0 being the head. Raises CiuicError for a node that
-    does not answer."""
+    """All nodes' devices as one topology, `node0/cpu` and so on, node0 being the head. Raises CiuicError for a node
+    that does not answer."""
     ray, say = join(address, insecure), progress or (lambda what: None)
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = nodes_of(ray)
     probe = ray.remote(num_cpus=0)(NodeProbe)
-    probes = {
-        f"node{i}": probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote()
-        for i, n in enumerate(nodes)
-    }
+    where = [NodeAffinitySchedulingStrategy(n["NodeID"], soft=False) for n in nodes]
+    probes = {f"node{i}": probe.options(scheduling_strategy=at).remote() for i, at in enumerate(where)}
     try:
         parts: dict[str, Topology] = {}
         for (name, one), node in zip(probes.items(), nodes, strict=True):

@@ -21,7 +21,9 @@ def import_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise InvalidInput(f"clusters need Ray, which is not here ({error}); pip install 'ciuic_runtime[cluster]'") from error
+        raise InvalidInput(
+            f"clusters need Ray, which is not here ({error}); pip install 'ciuic_runtime[cluster]'"
+        ) from error
     return ray
 
 

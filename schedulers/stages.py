@@ -1,4 +1,4 @@
-"""A schedule cut into stages: runs of whole layers that one process carries out, each a graph and a schedule of its own.
+"""A schedule cut into stages: runs of whole layers for one process, each a graph and a schedule of its own.
 Knows nodes by the names of their devices; how stages talk to each other is the cluster's business."""
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Stage:
 
 
 def stages_of(schedule: Schedule, graph: TaskGraph, count: int | None = None) -> list[Stage]:
-    """Layers that follow one another on a node are a stage; with a `count`, the largest are halved until there are so
+    """Layers that follow one another on a node are a stage; with a `count`, the largest is halved until there are as
     many. Raises InvalidInput where a layer is spread over nodes, or has to be cut."""
     runs = _runs(schedule, graph)
     while count is not None and len(runs) < count:
         runs = _halved(runs, count)
     if count is not None and len(runs) > count:
         raise InvalidInput(
-            f"{count} stages were asked for, and the schedule has {len(runs)}: its layers lie on that many runs of nodes"
+            f"{count} stages were asked for, and the schedule has {len(runs)}: its layers go to another node so often"
         )
     given: tuple[str, ...] = ()
     stages = []
@@ -105,7 +105,9 @@ def _local(schedule: Schedule, part: TaskGraph, node: str) -> Schedule:
         paged = sum(row.nbytes for row in schedule.assignments if row.home == paging.disk)
         mine = sum(row.nbytes for row in own if row.home == paging.disk)
         share = int(paging.cache_bytes * mine / paged) if paged else 0
-        paging = replace(paging, device=_bare(paging.device), disk=_bare(paging.disk), cache_bytes=share) if mine else None
+        paging = (
+            replace(paging, device=_bare(paging.device), disk=_bare(paging.disk), cache_bytes=share) if mine else None
+        )
     return replace(
         schedule, assignments=rows, topology=local_topology(schedule.topology, node), paging=paging, predicted=None,
         candidates=(), notes=(),

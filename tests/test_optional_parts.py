@@ -19,6 +19,8 @@ PARTS = {
     "ray": (("ray",), ("ray",)),
     "nvml": (("pynvml",), ("NVIDIA driver",)),
     "triton": (("triton",), ("triton",)),
+    "llguidance": (("llguidance",), ("llguidance",)),
+    "server": (("fastapi", "uvicorn", "starlette"), ()),
 }
 
 

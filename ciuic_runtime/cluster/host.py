@@ -13,14 +13,15 @@ from pathlib import Path
 
 import torch
 
-from ciuic_runtime.devices.ray_nodes import NODE_ID
-from ciuic_runtime.devices.ray_session import join
 from ciuic_runtime.cluster.runner import PlacedStage, RayRunner
 from ciuic_runtime.cluster.stage_worker import StagePlan
 from ciuic_runtime.devices.errors import InvalidInput
+from ciuic_runtime.devices.ray_nodes import NODE_ID
+from ciuic_runtime.devices.ray_session import join
 from ciuic_runtime.engine.config import RuntimeConfig
 from ciuic_runtime.engine.engine import StageLost
 from ciuic_runtime.engine.setup import Setup
+from ciuic_runtime.memory.hierarchy import MemoryHierarchy
 from ciuic_runtime.models.batch import Chunk
 from ciuic_runtime.schedulers.graph import Phase, Step
 from ciuic_runtime.schedulers.memory import node_of
@@ -36,7 +37,7 @@ CHANCES = 2  # for a node to start a stage again after a loss
 
 
 class ClusterHost:
-    memory = None  # pages are in the stages' processes
+    memory: MemoryHierarchy | None = None  # pages are in the stages' processes
 
     def __init__(
         self, setup: Setup, num_blocks: int, config: RuntimeConfig, progress: Callable[[int, int], None] | None = None
@@ -53,7 +54,7 @@ class ClusterHost:
         self._resident: dict[str, int] = {}
         stages = self._placed(setup.schedule)
         depth = config.micro_batches or len(stages)
-        self.runner = RayRunner(self.ray, stages, depth, self._forecast(), progress)
+        self.runner: RayRunner = RayRunner(self.ray, stages, depth, self._forecast(), progress)
 
     def _forecast(self) -> Callable[[Step], float | None]:
         times: PassTimes | None = self._setup.pass_times()
@@ -153,4 +154,3 @@ class ClusterHost:
         self.runner.close()
         if self._own:
             self.ray.shutdown()
-

@@ -127,9 +127,7 @@ class RayRunner:
         rows = sum(len(c.token_ids) if c.sample == "all" else int(bool(c.sample)) for c in chunks)
         return torch.frombuffer(bytearray(data), dtype=torch.float32).view(rows, -1)
 
-    def _send(
-        self, todo: Pass | None, chunks: Sequence[Chunk], phase: Phase, draws: Sequence[Draw] | None
-    ) -> None:
+    def _send(self, todo: Pass | None, chunks: Sequence[Chunk], phase: Phase, draws: Sequence[Draw] | None) -> None:
         """The calls of all stages at once: each waits for what the one before hands on, which goes from node to node
         without coming here."""
         refs: list[Any] = []
@@ -198,7 +196,9 @@ class RayRunner:
                 for e in one:
                     lane = " -> ".join(stage.named(part) for part in e.lane.split(" -> "))
                     lane = e.lane if e.kind == "sample" else lane
-                    events.append(Event(e.task, lane, e.start - begin, e.end - begin, number, e.phase, e.kind, e.nbytes))
+                    events.append(
+                        Event(e.task, lane, e.start - begin, e.end - begin, number, e.phase, e.kind, e.nbytes)
+                    )
         infos = [StepInfo(s.phase, s.tokens, s.sequences, at - begin, end - begin, s) for s, at, end in self.steps]
         return events, infos
 

@@ -1,4 +1,4 @@
-"""One stage of a schedule, carried out in this process: takes a residual stream as bytes, hands on one, or draws tokens.
+"""One stage of a schedule, in this process: takes a residual stream as bytes, hands on one, or draws tokens.
 Knows no Ray and no other stage."""
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class StageWorker:
         self._hidden, self._dtype = model.spec.hidden_size, self._host.executor.handed_on
 
     def run(self, chunks: Sequence[Chunk], phase: Phase, hidden: bytes | None, draws: Sequence[Draw] | None) -> Any:
-        """One pass: bytes of the residual stream [tokens, hidden], in the dtype that the local executor holds it in, or,
-        of the last stage, of the logits; or, given `draws`, the tokens that are drawn."""
+        """One pass: bytes of the residual stream [tokens, hidden], in the dtype that the local executor holds it in, or
+        of the last stage's logits; or, given `draws`, the tokens that are drawn."""
         batch, executor = make_batch(chunks), self._host.executor
         received = None
         if hidden is not None:

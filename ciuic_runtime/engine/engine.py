@@ -1,5 +1,5 @@
-"""One pass after the other for any number of requests: asks the batching what to compute, has it computed, and tells the
-requests what came of it. Knows no threads and no clients; `LLM` and `EngineService` drive it."""
+"""One pass after the other for any number of requests: asks the batching what to compute, has it computed, and tells
+the requests what came of it. Knows no threads and no clients; `LLM` and `EngineService` drive it."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class LocalExecutor:
         self, batch: Batch, phase: Phase, sampler: Callable[[torch.Tensor], None] | None = None,
         received: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Runs one pass; logits of the sampled rows, float32 [sampled, vocab] on the host. Of a part of the graph: takes
+        """Runs one pass; logits of the sampled rows, float32 [sampled, vocab] on the host. A part of the graph takes
         what the part before handed on, `received` [tokens, hidden], and hands on what its own last task made.
 
         What `sampler` does with logits belongs to the step, and is recorded on the lane "host"."""

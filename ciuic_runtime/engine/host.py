@@ -1,4 +1,4 @@
-"""What of a model is in this process while it runs: devices, pages, the cache, and the executor that computes with them.
+"""What of a model is in this process while it runs: devices, pages, the cache, and the executor that uses them.
 Knows a schedule, whole or of one stage; requests are the engine's business."""
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ DEFAULT_LOOKAHEAD = 2
 class Host(Protocol):
     """Where passes run: in this process, or in those of a cluster."""
 
-    runner: Runner
-    memory: MemoryHierarchy | None  # of this process
+    @property
+    def runner(self) -> Runner: ...
+
+    @property
+    def memory(self) -> MemoryHierarchy | None:
+        """Of this process."""
 
     def logits(self, chunks: Sequence[Chunk], phase: Phase) -> torch.Tensor:
         """Of the rows that are wanted of one pass, float32 [rows, vocab]."""
@@ -63,13 +67,13 @@ class LocalHost:
         self.recorder = Recorder()
         names = schedule.devices_used()
         self.backends = {name: open_backend(schedule.topology.device(name), schedule.topology) for name in names}
-        self.memory = self._open_memory(model, graph, schedule, checkpoint, config, kernels)
+        self.memory: MemoryHierarchy | None = self._open_memory(model, graph, schedule, checkpoint, config, kernels)
         asked = DEFAULT_LOOKAHEAD if config.lookahead is None else config.lookahead
         self.executor = LocalExecutor(
             model.spec, graph, schedule, checkpoint, self.backends, num_blocks, self.recorder, progress, kernels,
             threads, replaced, self.memory, schedule.paging.lookahead if schedule.paging else asked,
         )  # fmt: skip
-        self.runner = LocalRunner(self.executor)
+        self.runner: Runner = LocalRunner(self.executor)
 
     def _open_memory(
         self, model: Model, graph: TaskGraph, schedule: Schedule, checkpoint: Checkpoint, config: RuntimeConfig,

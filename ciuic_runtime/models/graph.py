@@ -113,6 +113,7 @@ class _Builder:
             max_positions=spec.max_positions,
             score_rows=SCORE_ROWS,
             prefill_chunk=PREFILL_CHUNK,
+            given=(),
             **self._working_bytes(),
         )
 

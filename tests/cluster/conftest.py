@@ -30,10 +30,8 @@ def cluster(ray: Any) -> Iterator[Any]:
     """Three nodes of two processors each; `cluster.add_node(...)` adds, `cluster.remove_node(...)` takes."""
     from ray.cluster_utils import Cluster
 
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False, "_system_config": HEALTH},
-    )
+    head = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False, "_system_config": HEALTH}
+    made = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(2):
             made.add_node(num_cpus=2, object_store_memory=100 << 20)

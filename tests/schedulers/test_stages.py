@@ -85,6 +85,9 @@ def test_what_cannot_be_cut_so_is_refused(schedule: Schedule, count: int, says: 
 
 def test_a_layer_that_is_spread_over_nodes_is_refused() -> None:
     schedule = split(GRAPH, 3)
-    rows = tuple(replace(r, device="node0/cpu", home="node0/cpu") if r.task == "layers.9.experts.5" else r for r in schedule.assignments)
+    rows = tuple(
+        replace(r, device="node0/cpu", home="node0/cpu") if r.task == "layers.9.experts.5" else r
+        for r in schedule.assignments
+    )
     with pytest.raises(InvalidInput, match=r"layers.9.attention_norm to layers.9.experts are spread over node0, node1"):
         stages_of(replace(schedule, assignments=rows), GRAPH)
