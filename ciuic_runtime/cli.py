@@ -357,6 +357,12 @@ def serve(
     io_threads: IoThreads = None,
     routing: RoutingOption = None,
     context: Context = None,
+    executor: Executor = "local",
+    stages: Stages = None,
+    address: Address = None,
+    join_insecure: Annotated[
+        bool, typer.Option("--join-insecure", help="join a Ray cluster that asks for no token")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer many users over HTTP, as OpenAI's API has it, with a page to talk to at /."""
@@ -378,12 +384,13 @@ def serve(
             _print_json({"schema_version": 1, "url": url, "model": name})
             sys.stdout.flush()
 
-    with listening(config) as address, _open(
+    with listening(config) as taken, _open(
         checkpoint, dtype=dtype, schedule=schedule, placement=placement, memory=memory, goal=goal, devices=devices,
         threads=threads, kernels=kernels, context=context, max_num_seqs=max_num_seqs, cache_policy=cache_policy,
         lookahead=lookahead, io_threads=io_threads, routing=routing, serving=True, kv_tokens=kv_tokens,
+        executor=executor, stages=stages, address=address, insecure=join_insecure,
     ) as llm:  # fmt: skip
-        serve_model(llm, config, address, ready)
+        serve_model(llm, config, taken, ready)
 
 
 @app.command()
