@@ -18,6 +18,8 @@ def import_ray() -> Any:
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls that were given up
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else everything else on a machine goes first
     try:
         import ray
     except ImportError as error:
@@ -47,7 +49,7 @@ def join(address: str | None, insecure: bool = False) -> Any:
     if address is None:
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
-        ray.init(address=address, namespace="ciuic", **options)
+        ray.init(address=address or "local", namespace="ciuic", **options)
     except Exception as error:
         where = f"the cluster at {address}" if address else "a Ray cluster on this machine"
         raise CiuicError(f"{where} could not be reached: {error}; is it running, and is the token its own?") from error

@@ -7,7 +7,7 @@ import math
 import statistics
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -125,6 +125,20 @@ class Calibration:
             )
 
         return min(found, key=distance)
+
+    def under(self, names: Mapping[str, str]) -> Calibration:
+        """The same, of devices that have other names: each with the one that is known here."""
+
+        def those(known: Mapping[str, float]) -> dict[str, float]:
+            return {name: known[old] for name, old in names.items() if old in known}
+
+        return replace(
+            self,
+            compute_utilisation=those(self.compute_utilisation),
+            memory_utilisation=those(self.memory_utilisation),
+            launch_overhead=those(self.launch_overhead),
+            curves=tuple(replace(c, device=n) for n, old in names.items() for c in self.curves if c.device == old),
+        )
 
     def calibrated(self, device: str, format: str) -> bool:
         return any((device, format) == known[:2] for known in self._by_operator)

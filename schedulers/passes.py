@@ -15,6 +15,7 @@ from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.events import Engine, Job
 from ciuic_runtime.schedulers.graph import Page, Step, Task, TaskGraph
 from ciuic_runtime.schedulers.hits import hit_rates
+from ciuic_runtime.schedulers.memory import node_of
 from ciuic_runtime.schedulers.policies.cache import cache_policy
 from ciuic_runtime.schedulers.program import Op, Source, host_of, program_of
 from ciuic_runtime.schedulers.schedule import Schedule
@@ -107,13 +108,15 @@ class Run:
     """A schedule being carried out on the engine."""
 
     def __init__(
-        self, schedule: Schedule, graph: TaskGraph, cost: CostModel, pools: Mapping[str, float] | None = None
-    ) -> None:
-        self.schedule, self.graph, self.cost = schedule, graph, cost
+        self, schedule: Schedule, graph: TaskGraph, cost: CostModel, pools: Mapping[str, float] | None = None,
+        handling: float = 0.0,
+    ) -> None:  # fmt: skip
+        """`handling`: s, of a node's process for each call that brings it a pass."""
+        self.schedule, self.graph, self.cost, self.handling = schedule, graph, cost, handling
         self.engine = Engine({d.name: d.bandwidth for d in cost.topology.domains}, pools)
         self.program = program_of(schedule, graph)
         self.devices = {d.name: d for d in schedule.topology.devices}
-        self.sampler = self.devices[host_of(schedule) or schedule.device_of(graph.tasks[-1].name)]
+        self.sampler = self.devices[host_of(schedule, graph) or schedule.device_of(graph.tasks[-1].name)]
         self.disk = _Disk(schedule.paging, schedule, graph) if schedule.paging else None
         bringing = [op for op in self.program if op.sources and not op.sources[0].row_nbytes]
         self.streams = {op.device: _Stream(tuple(o for o in bringing if o.device == op.device)) for op in bringing}
@@ -149,6 +152,7 @@ class Run:
         varying = self._costs.setdefault((step, beside), {})
         fixed = self._costs.setdefault((_without_context(step), beside and _without_context(beside)), {})
         jobs = _Pass(self, whole, after)
+        jobs.called(self.program[0].device)
         for op in self.program:
             if op.src:
                 jobs.copy(op)
@@ -225,6 +229,13 @@ class _Pass:
         job = self.run.transfer(op.task.name, op.src, op.device, nbytes, self.chain)
         self._then(_Row(job, _lane(op.src, op.device), op.device, "copy", (op.task.name,), nbytes=int(nbytes)))
         self.routed = False
+        if node_of(op.src) != node_of(op.device):
+            self.called(op.device)
+
+    def called(self, device: str) -> None:
+        """Another process goes on with the pass."""
+        if self.run.handling:
+            self.chain = (self.run.engine.add(Job("call", self.chain, device, self.run.handling)),)
 
     def compute(self, op: Op, seconds: float) -> None:
         if op.apart or op.device != self._device:

@@ -3,26 +3,38 @@ Knows no other plan; which is best is the scheduler's business."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ciuic_runtime.schedulers.assignment import Prediction
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import Step, TaskGraph
 from ciuic_runtime.schedulers.memory import memory_need
 from ciuic_runtime.schedulers.schedule import Schedule
-from ciuic_runtime.schedulers.simulate import simulate
-from ciuic_runtime.schedulers.steps import num_prefill_steps, prefill_step
+from ciuic_runtime.schedulers.simulate import simulate, simulate_stages
+from ciuic_runtime.schedulers.steps import group_sizes, num_prefill_steps, pipeline_prefill, prefill_step
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Workload
 
 # Prompts of more passes than this are forecast from so many of them, evenly spaced: a pass's time is close to linear
 # in where it starts.
 PASSES = 32
+ROUNDS = 4  # of a pipeline's decodes; the last one is the rate
 
 
-def predict(schedule: Schedule, graph: TaskGraph, cost: CostModel) -> Prediction:
+def predict(schedule: Schedule, graph: TaskGraph, cost: CostModel, depth: int | None = None) -> Prediction:
+    """`depth`: of a pipeline, how many passes may be on their way at once; None: the local executor's one."""
     work = schedule.workload
-    prefill = simulate(schedule, graph, cost, _prefill_steps(graph, work))
-    decode = simulate(schedule, graph, cost, [work.mean_decode])
-    prefill_rate, decode_rate = prefill.tokens_per_s("prefill"), decode.tokens_per_s("decode")
+    if depth is None:
+        prefill = simulate(schedule, graph, cost, _prefill_steps(graph, work))
+        decode = simulate(schedule, graph, cost, [work.mean_decode])
+        decode_rate = decode.tokens_per_s("decode")
+    else:
+        prefill, decode = (
+            simulate_stages(schedule, graph, cost, depth, steps)
+            for steps in (_evenly(pipeline_prefill(graph, work, depth)), _rounds(work, depth))
+        )
+        decode_rate = _last_round(decode, work.batch)
+    prefill_rate = prefill.tokens_per_s("prefill")
     assert prefill_rate is not None, f"{schedule.policy}: {prefill.steps} take no time"
     assert decode_rate is not None, f"{schedule.policy}: {decode.steps} take no time"
     error = cost.calibration.model_error
@@ -39,6 +51,24 @@ def predict(schedule: Schedule, graph: TaskGraph, cost: CostModel) -> Prediction
             "decode": {k: s / decode.tokens("decode") for k, s in decode.seconds_by_kind("decode").items()},
         },
     )
+
+
+def _evenly(steps: Iterable[Step]) -> list[Step]:
+    every = list(steps)
+    count = min(len(every), PASSES)
+    return [every[(2 * i + 1) * len(every) // (2 * count)] for i in range(count)]
+
+
+def _rounds(work: Workload, depth: int) -> list[Step]:
+    """Decodes of the mean context, everybody's turn so often that the pipeline is full."""
+    mean = work.mean_decode
+    return [Step.decode(mean.positions / mean.sequences, size) for size in group_sizes(work.batch, depth)] * ROUNDS
+
+
+def _last_round(decode: Trace, batch: int) -> float:
+    """Tokens/s."""
+    passes = len(decode.steps) // ROUNDS
+    return batch / (decode.steps[-1].end - decode.steps[-1 - passes].end)
 
 
 def _prefill_steps(graph: TaskGraph, work: Workload) -> list[Step]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ciuic_runtime.schedulers.graph import Step, Task, TaskGraph
+from ciuic_runtime.schedulers.memory import node_of
 from ciuic_runtime.schedulers.schedule import Schedule
 
 
@@ -81,15 +82,16 @@ def program_of(schedule: Schedule, graph: TaskGraph) -> tuple[Op, ...]:
             fetch(task.after[1:], home)
             compute(task, home, "combine", ())
         where[task.name] = {home}
-    if (host := host_of(schedule)) is not None:
+    if (host := host_of(schedule, graph)) is not None:
         fetch((graph.tasks[-1].name,), host)
     waits = [bool(op.sources) or op.paged for op in ops] + [False]
     return tuple(replace(op, apart=True) if waits[i] or waits[i + 1] else op for i, op in enumerate(ops))
 
 
-def host_of(schedule: Schedule) -> str | None:
-    """Where tokens are sampled."""
-    return next((n for n in schedule.devices_used() if schedule.topology.device(n).kind == "CPU"), None)
+def host_of(schedule: Schedule, graph: TaskGraph) -> str | None:
+    """Where tokens are sampled: a CPU of the node that the last task is on."""
+    node, kind = node_of(schedule.device_of(graph.tasks[-1].name)), {d.name: d.kind for d in schedule.topology.devices}
+    return next((n for n in schedule.devices_used() if kind[n] == "CPU" and node_of(n) == node), None)
 
 
 def _experts_by_device(schedule: Schedule, task: Task) -> dict[str, list[int]]:

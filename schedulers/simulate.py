@@ -8,10 +8,12 @@ from itertools import pairwise
 
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.schedulers.cost import CostModel
+from ciuic_runtime.schedulers.events import Job
 from ciuic_runtime.schedulers.graph import Phase, Step, TaskGraph
 from ciuic_runtime.schedulers.passes import Run
+from ciuic_runtime.schedulers.pipeline import CALL_SECONDS, HANDLING_SECONDS
 from ciuic_runtime.schedulers.schedule import Schedule
-from ciuic_runtime.schedulers.steps import workload_steps
+from ciuic_runtime.schedulers.steps import group_sizes, workload_steps
 from ciuic_runtime.schedulers.trace import Trace
 
 
@@ -43,6 +45,21 @@ def simulate_pipeline(
         waits = decoded if step.phase == "prefill" else before
         before = tuple(run.add(part, (waits[i],) if own else waits) for i, part in enumerate(parts))
         phase, decoded = step.phase, before if step.phase == "decode" else decoded
+    run.all_steps()
+    return run.trace()
+
+
+def simulate_stages(schedule: Schedule, graph: TaskGraph, cost: CostModel, depth: int, passes: Iterable[Step]) -> Trace:
+    """The trace that the processes of a cluster are forecast to leave, with as many passes on their way at once as the
+    sequences are enough for, `depth` at most: each begins when the one so many before it has ended and the driver has
+    heard of it."""
+    run = Run(schedule, graph, cost, handling=HANDLING_SECONDS)
+    at_once = len(group_sizes(schedule.workload.batch, depth))
+    ends: list[int] = []
+    for step in passes:
+        before = (ends[-at_once],) if len(ends) >= at_once else ()
+        called = run.engine.add(Job("there and back", before, seconds=2 * CALL_SECONDS - HANDLING_SECONDS))
+        ends.append(run.add(step, (called,)))
     run.all_steps()
     return run.trace()
 

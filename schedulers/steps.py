@@ -3,6 +3,7 @@ Knows no device; what a pass takes is the cost model's and the simulator's busin
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 from ciuic_runtime.schedulers.graph import Step, TaskGraph
@@ -15,6 +16,43 @@ def workload_steps(graph: TaskGraph, workload: Workload) -> Iterator[Step]:
         yield prefill_step(graph, workload, i)
     for i in range(1, workload.max_tokens):
         yield Step.decode(workload.prompt_tokens + i, workload.batch)
+
+
+def pipeline_steps(graph: TaskGraph, workload: Workload, depth: int) -> Iterator[Step]:
+    """The passes that the engine makes where so many are on their way at once, in the order in which they begin: each
+    takes its share of the sequences, and none is in two of them."""
+    sizes = group_sizes(workload.batch, depth)
+    yield from pipeline_prefill(graph, workload, depth)
+    for i in range(1, workload.max_tokens):
+        for size in sizes:
+            yield Step.decode(workload.prompt_tokens + i, size)
+
+
+def group_sizes(batch: int, depth: int) -> list[int]:
+    """How many sequences there are in each of the passes on their way."""
+    most = -(-batch // depth)
+    return [min(most, batch - at) for at in range(0, batch, most)]
+
+
+def pipeline_prefill(graph: TaskGraph, workload: Workload, depth: int) -> Iterator[Step]:
+    """Of these passes, those of prompts."""
+    most = group_sizes(workload.batch, depth)[0]
+    prompt, left = workload.prompt_tokens, deque(range(workload.batch))  # those that wait, the first one first
+    done = [0] * workload.batch  # tokens of each prompt
+    way: deque[list[int]] = deque()  # who is in the passes on their way
+    while left or way:
+        if not left or len(way) == depth:
+            left = deque(sorted([*left, *(i for i in way.popleft() if done[i] < prompt)]))
+            continue
+        room, spans, those = graph.prefill_chunk, list[tuple[int, int]](), list[int]()
+        while room and left and len(those) < most:
+            i = left.popleft()
+            take = min(room, prompt - done[i])
+            spans.append((done[i], take))
+            those.append(i)
+            done[i], room = done[i] + take, room - take
+        way.append(those)
+        yield Step.of("prefill", spans, sum(done[i] == prompt for i in those))
 
 
 def num_prefill_steps(graph: TaskGraph, workload: Workload) -> int:

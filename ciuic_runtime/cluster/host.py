@@ -15,9 +15,9 @@ import torch
 
 from ciuic_runtime.cluster.runner import PlacedStage, RayRunner
 from ciuic_runtime.cluster.stage_worker import StagePlan
-from ciuic_runtime.devices.errors import InvalidInput
+from ciuic_runtime.devices.errors import CiuicError, InvalidInput, OutOfMemory
 from ciuic_runtime.devices.ray_nodes import NODE_ID
-from ciuic_runtime.devices.ray_session import join
+from ciuic_runtime.devices.ray_session import import_ray, join
 from ciuic_runtime.engine.config import RuntimeConfig
 from ciuic_runtime.engine.engine import StageLost
 from ciuic_runtime.engine.setup import Setup
@@ -46,15 +46,18 @@ class ClusterHost:
         self._config, self._setup, self._num_blocks, self._progress = config, setup, num_blocks, progress
         if setup.replaced:
             raise InvalidInput("operators of your own run in one process; leave them out, or run without a cluster")
-        self._own = config.address is None
+        self._own = config.address is None and not import_ray().is_initialized()
         self.ray = join(config.address, config.insecure)
         self._notes: list[str] = []
         self._lost_nodes: set[str] = set()
         self._losses: Counter[str] = Counter()  # of stages, by node
-        self._resident: dict[str, int] = {}
-        stages = self._placed(setup.schedule)
-        depth = config.micro_batches or len(stages)
-        self.runner: RayRunner = RayRunner(self.ray, stages, depth, self._forecast(), progress)
+        try:
+            stages = self._placed(setup.schedule)
+            depth = config.micro_batches or len(stages)
+            self.runner: RayRunner = RayRunner(self.ray, stages, depth, self._forecast(), progress)
+        except BaseException:
+            self._leave()
+            raise
 
     def _forecast(self) -> Callable[[Step], float | None]:
         times: PassTimes | None = self._setup.pass_times()
@@ -89,40 +92,64 @@ class ClusterHost:
 
     # Losses
 
-    def recover(self, lost: StageLost) -> Schedule:
+    def recover(self, lost: StageLost) -> Setup:
         """Starts what was lost anew, on its node or, where that is gone, by another plan over what is left. Raises
-        OutOfMemory where that cannot hold the model, and the loss itself where there were too many."""
+        OutOfMemory where that cannot hold the model, and the loss itself where there were too many; the stages that
+        are left have ended then."""
         begin = time.perf_counter()
+        try:
+            found, planned = self._start_again(lost)
+        except BaseException:
+            self.runner.close()
+            raise
+        self.runner.forecast = self._forecast()
+        where = f", planned again in {planned:.2f} s without {', '.join(sorted(self._lost_nodes))}" if planned else ""
+        took = time.perf_counter() - begin
+        self._notes.append(f"{'; '.join(dict.fromkeys(map(str, found)))}{where}; going on after {took:.2f} s")
+        log.warning("%s", self._notes[-1])
+        return self._setup
+
+    def _start_again(self, lost: StageLost) -> tuple[list[StageLost], float]:
+        """All that was lost until every stage was there, and the seconds that planning took."""
+        found, planned, tries = list[StageLost](), 0.0, Counter[int]()
         while True:
-            log.warning("%s", lost)
-            self._losses[lost.node] += 1
-            if sum(self._losses.values()) > MOST_LOSSES:
+            now = self.runner.take_stock(lost)
+            for one in now:
+                log.warning("%s", one)
+            found += now
+            self._losses.update(one.node for one in now)
+            seconds = self._plan_without_lost_nodes(lost)
+            if seconds is None:
+                tries.update(one.index for one in now)
+            else:
+                planned += seconds
+                tries.clear()
+            if max(tries.values(), default=0) > CHANCES or self._losses.total() > MOST_LOSSES:
                 raise lost
-            planned = self._plan_without_lost_nodes(lost)
             try:
-                self.runner.begin_stages(self._placed(self._setup.schedule), {lost.index}, self._progress)
-                break
+                stages = self._placed(self._setup.schedule)
+                self.runner.begin_stages(stages, {one.index for one in now}, self._progress)
+                return found, planned
             except StageLost as another:
                 lost = another
-        seconds = time.perf_counter() - begin
-        again = f", planned again in {planned:.2f} s" if planned else ""
-        self._notes.append(f"{lost}{again}; going on after {seconds:.2f} s")
-        log.warning("%s", self._notes[-1])
-        return self._setup.schedule
 
     def _plan_without_lost_nodes(self, lost: StageLost) -> float | None:
-        """Seconds that it took; None where every node is still there."""
-        schedule, alive = self._setup.schedule, {n["NodeID"] for n in self.ray.nodes() if n["Alive"]}
-        gone = {
-            node_of(d.name)
-            for d in schedule.topology.devices
-            if NODE_ID in d.facts and (d.facts[NODE_ID] not in alive or self._losses[node_of(d.name)] > CHANCES)
-        }
-        if not gone - self._lost_nodes:
+        """Seconds that it took; None where every node that has a stage is there and has not had its chances."""
+        setup, alive = self._setup, {n["NodeID"] for n in self.ray.nodes() if n["Alive"]}
+        ids = {node_of(d.name): d.facts[NODE_ID] for d in setup.topology.devices if NODE_ID in d.facts}
+        gone = {node for node, node_id in ids.items() if node_id not in alive or self._losses[node] > CHANCES}
+        if not gone & {node_of(name) for name in setup.schedule.places_used()}:
             return None
+        if gone == set(ids):
+            raise CiuicError(f"{lost}; no node is left to go on with")
         begin = time.perf_counter()
+        try:
+            self._setup = setup.without_nodes(gone | self._lost_nodes)
+        except OutOfMemory as error:
+            left = ", ".join(sorted(set(ids) - gone))
+            what = f"{lost}; what is left ({left}) cannot hold the model: {error}"
+            raise OutOfMemory(what, need=error.need, free=error.free, capacity=error.capacity) from error
         self._lost_nodes |= gone
-        self._setup = self._setup.without_nodes(gone)
         return time.perf_counter() - begin
 
     # What every host does
@@ -145,12 +172,19 @@ class ClusterHost:
         return self.runner.peak_memory_bytes()
 
     def warm_up(self) -> None:
-        self.logits([Chunk((0, 0), 0, (0,), prompt=True)], "prefill")
-        self.logits([Chunk((0,), 2, (0,), prompt=False)], "decode")
+        try:
+            self.logits([Chunk((0, 0), 0, (0,), prompt=True)], "prefill")
+            self.logits([Chunk((0,), 2, (0,), prompt=False)], "decode")
+        except BaseException:
+            self.close()
+            raise
         self.runner.clear_trace()
 
     def close(self) -> None:
         """Ends the stages, and the cluster where it was started here."""
         self.runner.close()
+        self._leave()
+
+    def _leave(self) -> None:
         if self._own:
             self.ray.shutdown()

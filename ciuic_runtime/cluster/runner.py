@@ -1,5 +1,5 @@
 """Passes through a chain of stages, each a Ray actor: one call per stage and pass, several passes on their way at once.
-Knows which actor is which stage and notices when one is lost; what to do then is `recovery.py`'s business."""
+Knows which actor is which stage and notices when one is lost; what to do then is `host.py`'s business."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from ciuic_runtime.cluster.stage_worker import StagePlan, StageWorker
 from ciuic_runtime.devices.errors import CiuicError
 from ciuic_runtime.engine.batching import Pass
-from ciuic_runtime.engine.draw import Draw, Drawn
+from ciuic_runtime.engine.draw import Draw, Drawn, draw_all
 from ciuic_runtime.engine.engine import StageLost
 from ciuic_runtime.models.batch import Chunk
 from ciuic_runtime.schedulers.graph import Phase, Step
@@ -27,6 +27,13 @@ log = logging.getLogger("ciuic")
 LEAST_DEADLINE = 20.0  # s, for a pass; a deadline is as many times its forecast:
 PATIENCE = 20.0
 START_SECONDS = 600.0  # for a stage to load its weights
+FETCH_SECONDS = 5.0  # for what is ready to come here
+
+# What Ray raises where a process or a node is gone, or what they held.
+LOSSES = (
+    "RayActorError", "ObjectLostError", "NodeDiedError", "WorkerCrashedError", "LocalRayletDiedError",
+    "OutOfMemoryError", "ActorUnschedulableError", "TaskUnschedulableError",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,9 +52,11 @@ class PlacedStage:
 @dataclass(slots=True)
 class _OnItsWay:
     todo: Pass | None
+    draws: Sequence[Draw] | None  # that are left to the driver
     refs: list[Any]  # by stage
-    begun: float
-    deadline: float
+    number: int  # of those sent
+    begun: float  # wall time, s
+    deadline: float  # of this process's clock, s
     step: Step
 
 
@@ -59,36 +68,58 @@ class RayRunner:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:  # fmt: skip
         """Starts the stages and waits until their weights are there. Raises StageLost, and whatever they refuse."""
-        self.ray, self.depth, self._forecast = ray, depth, forecast
+        self.ray, self.depth, self.forecast = ray, depth, forecast
         self.stages: list[PlacedStage] = []
         self._actors: list[Any] = []
+        self._loads: list[Any] = []  # calls of each stage that bring its weights
         self._way: deque[_OnItsWay] = deque()
+        self._most_patience = 0.0  # s, of the passes so far
         self.steps: list[tuple[Step, float, float]] = []  # with wall times, s
-        self.begin_stages(stages, (), progress)
+        self._sent = 0
+        self._step_of: dict[int, int] = {}  # of the passes sent, where among the steps those are that came to their end
+        self._events: list[Event] = []  # of before the last loss, at wall times
+        try:
+            self.begin_stages(stages, (), progress)
+        except BaseException:
+            self.close()
+            raise
 
     def begin_stages(
         self, stages: Sequence[PlacedStage], lost: Collection[int], progress: Callable[[int, int], None] | None = None
     ) -> None:
         """Replaces the stages: those that are the same and not `lost` keep their process and weights. What was on its
-        way is forgotten."""
-        kept = {s: a for i, (s, a) in enumerate(zip(self.stages, self._actors, strict=True)) if i not in lost}
-        self._way.clear()
+        way is forgotten. Raises StageLost, after which it can be tried again: those that are there stay."""
+        self.abandon()
+        there = zip(self.stages, self._actors, self._loads, strict=True)
+        kept = {s: (a, load) for i, (s, a, load) in enumerate(there) if i not in lost and s in stages}
         for stage, actor in zip(self.stages, self._actors, strict=True):
-            if stage not in stages or stage not in kept:
+            if stage not in kept:
                 self._kill(actor)
-        worker = self.ray.remote(StageWorker)
-        self.stages = list(stages)
-        self._actors = [
-            kept[s] if s in kept else worker.options(**self._options(s)).remote(s.plan) for s in self.stages
-        ]
-        try:
-            again = [i for i, s in enumerate(self.stages) if s in kept]
-            self._wait_until_loaded(again, progress or (lambda done, total: None))
-        except StageLost:
-            raise  # it can be tried again; those that are there stay
-        except BaseException:
-            self.close()
-            raise
+        running = [kept[s] if s in kept else self._start(s) for s in stages]
+        self.stages, self._actors, self._loads = list(stages), [a for a, _ in running], [load for _, load in running]
+        self._wait_until_loaded(progress or (lambda done, total: None))
+
+    def take_stock(self, lost: StageLost) -> list[StageLost]:
+        """All stages that are lost, one of which is known to be; what the others recorded so far is kept here."""
+        self.abandon()
+        self._kill(self._actors[lost.index])  # others may wait for it
+        asked = {}
+        for i, (actor, load) in enumerate(zip(self._actors, self._loads, strict=True)):
+            if i != lost.index and self.ray.wait([load], timeout=0, fetch_local=False)[0]:
+                asked[i] = actor.trace.remote()
+                actor.clear_trace.remote()
+        found, limit = [lost], time.monotonic() + max(LEAST_DEADLINE, self._most_patience)
+        for i, ref in asked.items():
+            try:
+                self._get(self._loads[i], i, FETCH_SECONDS)
+                self._events += self._placed_events(i, self._get(ref, i, max(0.0, limit - time.monotonic())))
+            except StageLost as another:
+                found.append(another)
+        return found
+
+    def _start(self, stage: PlacedStage) -> tuple[Any, Any]:
+        actor = self.ray.remote(StageWorker).options(**self._options(stage)).remote(stage.plan)
+        return actor, actor.load.remote()
 
     def _options(self, stage: PlacedStage) -> dict[str, Any]:
         options: dict[str, Any] = {"num_cpus": stage.cores, "max_restarts": 0, "max_task_retries": 0}
@@ -98,9 +129,9 @@ class RayRunner:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(stage.node_id, soft=False)
         return options
 
-    def _wait_until_loaded(self, kept: Collection[int], progress: Callable[[int, int], None]) -> None:
-        ready = {a.clear_trace.remote() if i in kept else a.load.remote(): i for i, a in enumerate(self._actors)}
+    def _wait_until_loaded(self, progress: Callable[[int, int], None]) -> None:
         limit = time.monotonic() + START_SECONDS
+        ready = {load: i for i, load in enumerate(self._loads)}
         left = list(ready)
         while left:
             done, left = self.ray.wait(left, num_returns=1, timeout=max(0.0, limit - time.monotonic()))
@@ -112,66 +143,95 @@ class RayRunner:
     # Passes
 
     def begin(self, todo: Pass, draws: Sequence[Draw]) -> None:
-        self._send(todo, todo.chunks, todo.phase, draws)
+        """Tokens are drawn where the logits are, but guides, whose state is here, draw here."""
+        try:
+            self._send(todo, todo.chunks, todo.phase, draws, here=any(one.guide is not None for one in draws))
+        except BaseException:
+            self.abandon()
+            raise
 
     def end(self) -> tuple[Pass, list[Drawn]]:
-        todo, drawn = self._receive()
-        assert todo is not None, "this pass had no requests"
-        return todo, drawn
+        one, result = self._receive()
+        assert one.todo is not None, "this pass had no requests"
+        return one.todo, result if one.draws is None else draw_all(one.draws, _logits(result, one.todo.chunks))
 
     def logits(self, chunks: Sequence[Chunk], phase: Phase) -> torch.Tensor:
         """Of one pass by itself, float32 [rows wanted, vocab]."""
         assert not self._way, "passes are on their way"
-        self._send(None, chunks, phase, None)
-        _, data = self._receive()
-        rows = sum(len(c.token_ids) if c.sample == "all" else int(bool(c.sample)) for c in chunks)
-        return torch.frombuffer(bytearray(data), dtype=torch.float32).view(rows, -1)
+        self._send(None, chunks, phase, (), here=True)
+        return _logits(self._receive()[1], chunks)
 
-    def _send(self, todo: Pass | None, chunks: Sequence[Chunk], phase: Phase, draws: Sequence[Draw] | None) -> None:
+    def abandon(self) -> None:
+        """What is on its way is not waited for; the stages still compute it before what comes then."""
+        self._way.clear()
+
+    def _send(
+        self, todo: Pass | None, chunks: Sequence[Chunk], phase: Phase, draws: Sequence[Draw], here: bool
+    ) -> None:
         """The calls of all stages at once: each waits for what the one before hands on, which goes from node to node
-        without coming here."""
+        without coming here. `here`: the last one hands its logits on, too."""
+        if not self._actors:
+            raise CiuicError("the stages of this model have ended; open it again")
         refs: list[Any] = []
         hidden = None
         for actor in self._actors:
-            last = actor is self._actors[-1]
-            hidden = actor.run.remote(list(chunks), phase, hidden, list(draws) if last and draws is not None else None)
+            drawn = list(draws) if actor is self._actors[-1] and not here else None
+            hidden = actor.run.remote(list(chunks), phase, hidden, drawn)
             refs.append(hidden)
         spans = [(c.position, len(c.token_ids)) for c in chunks]
         step = Step.of(phase, spans, sum(bool(c.sample) for c in chunks))
-        seconds = self._forecast(step)
+        seconds = self.forecast(step)
         patience = max(LEAST_DEADLINE, PATIENCE * seconds) if seconds else 10 * LEAST_DEADLINE
-        now = time.time()
-        self._way.append(_OnItsWay(todo, refs, now, now + patience * (len(self._way) + 1), step))
+        patience *= len(self._way) + 1
+        self._most_patience = max(self._most_patience, patience)
+        left, deadline = (draws if here else None), time.monotonic() + patience
+        self._way.append(_OnItsWay(todo, left, refs, self._sent, time.time(), deadline, step))
+        self._sent += 1
 
-    def _receive(self) -> tuple[Pass | None, Any]:
+    def _receive(self) -> tuple[_OnItsWay, Any]:
+        """The pass that began first, and what its last stage answered. If it fails, all that are on their way do."""
         one = self._way[0]
-        result = self._get(one.refs[-1], len(one.refs) - 1, max(0.0, one.deadline - time.time()), one.refs)
+        try:
+            seconds = max(FETCH_SECONDS / 5, one.deadline - time.monotonic())
+            result = self._get(one.refs[-1], len(one.refs) - 1, seconds, one.refs)
+        except BaseException:
+            self.abandon()
+            raise
         self._way.popleft()
+        self._step_of[one.number] = len(self.steps)
         self.steps.append((one.step, one.begun, time.time()))
-        return one.todo, result
+        return one, result
 
-    def _get(self, ref: Any, index: int, seconds: float | None, before: Sequence[Any] = ()) -> Any:
-        """What a stage answered; `before` are the calls that it waits for, of all stages in order."""
-        exceptions = self.ray.exceptions
+    def _get(self, ref: Any, index: int, seconds: float | None, chain: Sequence[Any] = ()) -> Any:
+        """What a stage answered; `chain` are the calls of all stages in order, each waiting for the one before. Raises
+        StageLost, what the stage itself raised if that is for people to read, or CiuicError with what it was."""
         try:
             return self.ray.get(ref, timeout=seconds)
-        except exceptions.GetTimeoutError:
-            stuck = next((i for i, r in enumerate(before) if not self.ray.wait([r], timeout=0)[0]), index)
-            raise self._lost(stuck, f"it did not answer in {seconds:.0f} s") from None
-        except (exceptions.RayActorError, exceptions.ObjectLostError) as error:
-            raise self._lost(self._culprit(error, index), _first_line(error)) from error
-        except exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else error
-            if isinstance(cause, (exceptions.RayActorError, exceptions.ObjectLostError)):
-                raise self._lost(self._culprit(cause, index), _first_line(cause)) from error
+        except self.ray.exceptions.GetTimeoutError:
+            waiting = (i for i, r in enumerate(chain) if not self.ray.wait([r], timeout=0, fetch_local=False)[0])
+            raise self._lost(next(waiting, index), f"it did not answer in {seconds:.0f} s") from None
+        except self.ray.exceptions.RayError as error:
+            index, cause = self._origin(error, index, chain)
+            if isinstance(cause, tuple(getattr(self.ray.exceptions, name) for name in LOSSES)):
+                raise self._lost(index, _why(cause)) from error
             if isinstance(cause, CiuicError):
+                cause.args = (f"stage {index}{self._at(index)}: {cause}",)
                 raise cause from error
-            raise CiuicError(f"stage {index}{self._at(index)} failed: {_first_line(cause)}") from error
+            raise CiuicError(f"stage {index}{self._at(index)} failed: {type(cause).__name__}: {_why(cause)}") from error
 
-    def _culprit(self, error: Any, index: int) -> int:
-        """The stage that an error is about: what a stage waits for may be lost elsewhere."""
-        name = str(getattr(error, "actor_id", "") or "")
-        return next((i for i, a in enumerate(self._actors) if name and a._actor_id.hex() == name), index)
+    def _origin(self, error: BaseException, index: int, chain: Sequence[Any]) -> tuple[int, BaseException]:
+        """The stage that failed first, and of what: those after it fail because of it."""
+        for i, ref in enumerate(chain):
+            try:
+                self.ray.get(ref, timeout=FETCH_SECONDS)
+            except self.ray.exceptions.GetTimeoutError:
+                continue
+            except self.ray.exceptions.RayError as first:
+                index, error = i, first
+                break
+        while isinstance(error, self.ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
+            error = error.cause
+        return index, error
 
     def _lost(self, index: int, why: str) -> StageLost:
         return StageLost(index, self.stages[index].node, why)
@@ -182,51 +242,82 @@ class RayRunner:
     # Beside passes
 
     def clear_trace(self) -> None:
+        """Stages carry calls out in their order, so nobody waits for this; one that is lost is noticed by a pass."""
         self.steps.clear()
-        self.ray.get([actor.clear_trace.remote() for actor in self._actors])
+        self._step_of.clear()
+        self._events.clear()
+        for actor in self._actors:
+            actor.clear_trace.remote()
 
     def trace(self) -> tuple[list[Event], list[StepInfo]]:
         """What the stages that are there recorded, on one axis."""
         if not self.steps:
             return [], []
-        begin, events = self.steps[0][1], []
-        for stage, passes in zip(self.stages, self.ray.get([a.trace.remote() for a in self._actors]), strict=True):
-            offset = len(self.steps) - len(passes)  # stages that came later know later passes only
-            for number, one in enumerate(passes, offset):
-                for e in one:
-                    lane = " -> ".join(stage.named(part) for part in e.lane.split(" -> "))
-                    lane = e.lane if e.kind == "sample" else lane
-                    events.append(
-                        Event(e.task, lane, e.start - begin, e.end - begin, number, e.phase, e.kind, e.nbytes)
-                    )
-        infos = [StepInfo(s.phase, s.tokens, s.sequences, at - begin, end - begin, s) for s, at, end in self.steps]
+        begin, events = self.steps[0][1], list(self._events)
+        for index, passes in enumerate(self._ask("trace")):
+            events += self._placed_events(index, passes or [])
+        events = [replace(e, start=e.start - begin, end=e.end - begin) for e in events]
+        infos, before = [], begin
+        for s, at, end in self.steps:  # timed from the end of the one before, if that was on its way too
+            infos.append(StepInfo(s.phase, s.tokens, s.sequences, max(at, before) - begin, end - begin, s))
+            before = end
         return events, infos
 
+    def _placed_events(self, index: int, passes: Sequence[Sequence[Event]]) -> list[Event]:
+        """Of a stage's last passes, those that came to their end: at wall times, on the whole schedule's devices."""
+        stage, events = self.stages[index], []
+        for number, one in enumerate(passes, self._sent - len(passes)):
+            if (step := self._step_of.get(number)) is None:
+                continue
+            for e in one:
+                lane = e.lane if e.kind == "sample" else " -> ".join(map(stage.named, e.lane.split(" -> ")))
+                events.append(replace(e, lane=lane, step=step))
+        return events
+
     def peak_memory_bytes(self) -> dict[str, int]:
-        """By device; of a device that several stages use, the sum."""
+        """By device; of a device that several stages use, the sum. Of stages that are there."""
         peaks: dict[str, int] = {}
-        for stage, found in zip(
-            self.stages, self.ray.get([a.peak_memory_bytes.remote() for a in self._actors]), strict=True
-        ):
-            for device, nbytes in found.items():
+        for stage, found in zip(self.stages, self._ask("peak_memory_bytes"), strict=True):
+            for device, nbytes in (found or {}).items():
                 peaks[stage.named(device)] = peaks.get(stage.named(device), 0) + nbytes
         return peaks
 
+    def _ask(self, what: str) -> list[Any]:
+        """What each stage answers; None of one that is lost, which the next pass will notice, too."""
+        refs = [getattr(actor, what).remote() for actor in self._actors]
+        limit, answers = time.monotonic() + max(LEAST_DEADLINE, self._most_patience), []
+        for index, ref in enumerate(refs):
+            try:
+                answers.append(self._get(ref, index, max(0.0, limit - time.monotonic())))
+            except StageLost as lost:
+                log.warning("%s", lost)
+                answers.append(None)
+        return answers
+
     def processes(self) -> list[int]:
         """Of the stages."""
-        return list(self.ray.get([actor.pid.remote() for actor in self._actors]))
+        return [pid for pid in self._ask("pid") if pid is not None]
 
     def close(self) -> None:
         """Ends the stages' processes."""
         self._way.clear()
         for actor in self._actors:
             self._kill(actor)
-        self.stages, self._actors = [], []
+        self.stages, self._actors, self._loads = [], [], []
 
     def _kill(self, actor: Any) -> None:
         with contextlib.suppress(Exception):  # it may be gone already
             self.ray.kill(actor)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _logits(data: bytes, chunks: Sequence[Chunk]) -> torch.Tensor:
+    """Float32 [rows wanted, vocab]."""
+    rows = sum(len(c.token_ids) if c.sample == "all" else int(bool(c.sample)) for c in chunks)
+    return torch.frombuffer(bytearray(data), dtype=torch.float32).view(rows, -1) if data else torch.empty(0, 0)
+
+
+def _why(error: BaseException) -> str:
+    """Of Ray's many lines the sentence that says it; else the first one."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    said = next((line for line in lines if line.startswith("The actor") and " because " in line), lines[0])
+    return said.split(". ")[0].strip()

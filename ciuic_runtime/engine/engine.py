@@ -34,6 +34,9 @@ class Runner(Protocol):
     def end(self) -> tuple[Pass, list[Drawn]]:
         """Of the pass that began first."""
 
+    def abandon(self) -> None:
+        """Passes on their way are not waited for."""
+
 
 class LocalRunner:
     """In this process, when it begins."""
@@ -60,6 +63,9 @@ class LocalRunner:
         assert self._done is not None, "no pass has begun"
         done, self._done = self._done, None
         return done
+
+    def abandon(self) -> None:
+        self._done = None
 
 
 class Engine:
@@ -93,7 +99,7 @@ class Engine:
                 return None, []
             done, drawn = self.runner.end()
         except BaseException:
-            self._begun = 0
+            self._abandon()
             self.batching.abandon()
             raise
         self._begun -= 1
@@ -104,13 +110,17 @@ class Engine:
 
     def restart(self) -> None:
         """What was on its way and what was cached is lost; all that ran catches up from its tokens."""
-        self._begun = 0
+        self._abandon()
         self.batching.restart()
 
     def reset(self) -> None:
         """Everything is forgotten, wherever an exception may have struck."""
-        self._begun = 0
+        self._abandon()
         self.batching.reset()
+
+    def _abandon(self) -> None:
+        self._begun = 0
+        self.runner.abandon()
 
     def _updates(self, done: Pass, drawn: Sequence[Drawn]) -> list[Update]:
         sampled = [(r, c) for r, c in zip(done.requests, done.chunks, strict=True) if c.sample]

@@ -14,6 +14,7 @@ from ciuic_runtime.engine.config import RuntimeConfig
 from ciuic_runtime.engine.engine import LocalRunner, Runner, StageLost
 from ciuic_runtime.engine.executor import LocalExecutor
 from ciuic_runtime.engine.recorder import Recorder
+from ciuic_runtime.engine.setup import Setup
 from ciuic_runtime.memory.hierarchy import MemoryHierarchy
 from ciuic_runtime.model import Model
 from ciuic_runtime.models.batch import Chunk, make_batch
@@ -51,8 +52,8 @@ class Host(Protocol):
 
     def warm_up(self) -> None: ...
 
-    def recover(self, lost: StageLost) -> Schedule:
-        """Makes good a loss; the schedule that is carried out from now on. What was cached is gone."""
+    def recover(self, lost: StageLost) -> Setup:
+        """Makes good a loss; what is carried out from now on. What was cached is gone."""
 
     def close(self) -> None: ...
 
@@ -122,7 +123,7 @@ class LocalHost:
         self.logits([Chunk((0,), 2, (0,), prompt=False)], "decode")
         self.recorder.clear()
 
-    def recover(self, lost: StageLost) -> Schedule:
+    def recover(self, lost: StageLost) -> Setup:
         raise lost  # there is one process here
 
     def close(self) -> None:

@@ -37,9 +37,8 @@ from ciuic_runtime.ops.native import REFERENCE
 from ciuic_runtime.schedulers.comparison import Comparison
 from ciuic_runtime.schedulers.graph import PHASES, Phase
 from ciuic_runtime.schedulers.placement import Placement
-from ciuic_runtime.schedulers.policies.mixing import Mixing, PassTimes
+from ciuic_runtime.schedulers.policies.mixing import Mixing, PassTimes, Size
 from ciuic_runtime.schedulers.schedule import Schedule
-from ciuic_runtime.schedulers.steps import workload_steps
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Workload, cache_tokens
 
@@ -194,7 +193,9 @@ class LLM:
         try:
             return self.engine.step()
         except StageLost as lost:
-            self.schedule = self._host.recover(lost)
+            self._setup = self._host.recover(lost)
+            self.schedule = self._setup.schedule
+            self.__dict__.pop("pass_times", None)  # of the plan before
             self.engine.restart()
             return None, []
 
@@ -250,7 +251,7 @@ class LLM:
 
     def forecast_trace(self) -> Trace:
         """What the schedule is forecast to do, pass by pass."""
-        return self._setup.recost(self.schedule, workload_steps(self.model.graph, self.schedule.workload))
+        return self._setup.forecast_trace(self.schedule)
 
     @property
     def comparison(self) -> Comparison:
@@ -277,10 +278,14 @@ class LLM:
     ) -> None:
         self.close()
 
+    def _pass_seconds(self, size: Size) -> float:
+        assert self.pass_times is not None, "asked for where forecasts are known"
+        return self.pass_times.seconds(size)
+
     def _batching(self, num_blocks: int, config: RuntimeConfig) -> Batching:
         """Prompts first; unless people wait for each other's, and not for the last of them: then as forecasts say."""
         balanced = config.serving and self.schedule.goal == "latency" and self.pass_times is not None
-        share = Mixing(self.pass_times.seconds, self.model.prefill_chunk) if balanced and self.pass_times else None
+        share = Mixing(self._pass_seconds, self.model.prefill_chunk) if balanced else None
         return Batching(
             num_blocks, self.max_num_seqs, self.model.prefill_chunk, share, shared_prefixes=config.serving,
             two_forms=self.model.spec.mla is not None,

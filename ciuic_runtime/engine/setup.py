@@ -27,11 +27,13 @@ from ciuic_runtime.schedulers.calibration import Calibration
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import Step, TaskGraph
 from ciuic_runtime.schedulers.memory import capacity, limit_memory, memory_need, node_of
+from ciuic_runtime.schedulers.pipeline import pipeline_of
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.policies.mixing import PassTimes, Size
 from ciuic_runtime.schedulers.predict import predict
 from ciuic_runtime.schedulers.schedule import Schedule
-from ciuic_runtime.schedulers.simulate import simulate
+from ciuic_runtime.schedulers.simulate import simulate, simulate_stages
+from ciuic_runtime.schedulers.steps import pipeline_steps, workload_steps
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Workload
 
@@ -57,11 +59,14 @@ class Setup:
 
     def forecast(self, work: Workload) -> Schedule:
         """The schedule with its forecast made anew for a workload; without one where a device's speed is not known."""
-        schedule = replace(self.schedule, workload=work)
+        schedule, graph = replace(self.schedule, workload=work), self.model.graph
         try:
-            return replace(schedule, predicted=predict(schedule, self.model.graph, self._cost(work)))
+            carried_out, cost, depth = self._carried_out(schedule)
+            predicted = predict(carried_out, graph, cost, depth)
         except InvalidInput as error:
             return replace(schedule, predicted=None, notes=(*schedule.notes, f"no forecast: {error}"))
+        memory = {name: need.total for name, need in memory_need(schedule, graph, work).items()}
+        return replace(schedule, predicted=replace(predicted, memory_bytes=memory))
 
     def without_nodes(self, gone: Collection[str]) -> Setup:
         """Planned again over the nodes that are left, for the same context and batch; of the user's rules, those that
@@ -70,28 +75,48 @@ class Setup:
         topology, config, rules = self.topology.only(left), self.config, self.config.placement
         if rules is not None:
             rules = Placement(tuple(r for r in rules.rules if not all(node_of(on) in gone for on in r.on)))
+        room = _workload(config.workload, self.context, self.max_num_seqs, config.kv_tokens)
         schedule = plan(
-            self.model, topology, memory=config.memory, goal=config.goal or self.schedule.goal,
-            workload=self.schedule.workload, placement=rules, kernels=config.kernels, calibration=self.calibration,
+            self.model, topology, memory=config.memory, goal=config.goal or self.schedule.goal, workload=room,
+            placement=rules, kernels=config.kernels, calibration=self.calibration,
         )  # fmt: skip
-        return replace(self, topology=topology, schedule=schedule)
+        planned = replace(self, topology=topology, schedule=schedule, config=replace(config, stages=None))
+        return replace(planned, schedule=planned.forecast(self.schedule.workload))
+
+    def forecast_trace(self, schedule: Schedule) -> Trace:
+        """What is forecast for the schedule's workload, pass by pass."""
+        _, _, depth = self._carried_out(schedule)
+        graph, work = self.model.graph, schedule.workload
+        return self.recost(schedule, pipeline_steps(graph, work, depth) if depth else workload_steps(graph, work))
 
     def recost(self, schedule: Schedule, passes: Iterable[Step]) -> Trace:
         """What the cost model makes of passes as they came."""
-        return simulate(schedule, self.model.graph, self._cost(schedule.workload), passes)
+        carried_out, cost, depth = self._carried_out(schedule)
+        if depth is None:
+            return simulate(carried_out, self.model.graph, cost, passes)
+        return simulate_stages(carried_out, self.model.graph, cost, depth, passes)
 
     def pass_times(self) -> PassTimes | None:
         """Of passes of any size; None where a device's speed is not known."""
-        times = PassTimes(self.schedule, self.model.graph, self._cost(self.schedule.workload))
         try:
+            carried_out, cost, _ = self._carried_out(self.schedule)
+            times = PassTimes(carried_out, self.model.graph, cost)
             times.seconds(Size(1, 1))
         except InvalidInput as error:
             log.warning("prompts are computed before anybody's next token: %s", error)
             return None
         return times
 
-    def _cost(self, work: Workload) -> CostModel:
-        return CostModel(self.schedule.topology, self.model.format, self.calibration, work)
+    def _carried_out(self, schedule: Schedule) -> tuple[Schedule, CostModel, int | None]:
+        """The schedule as it is simulated, what things take there, and how many passes are on their way at once; None:
+        the local executor's one. Raises InvalidInput for what a cluster cannot cut into stages."""
+        config, known = self.config, self.calibration
+        if config.executor == "local":
+            return schedule, CostModel(schedule.topology, self.model.format, known, schedule.workload), None
+        pipeline = pipeline_of(schedule, self.model.graph, config.stages, config.micro_batches, config.threads)
+        topology = pipeline.schedule.topology
+        cost = CostModel(topology, self.model.format, known.under(pipeline.names), schedule.workload)
+        return pipeline.schedule, cost, pipeline.depth
 
 
 def set_up(
@@ -125,7 +150,7 @@ def set_up(
     _warn_of_unused(replaced, spec)
     setup = Setup(model, topology, schedule, context, batch, threads, kernels, replaced, calibration, config)
     expected = replace(config.workload or schedule.workload, batch=batch)
-    stale = schedule.policy == "as given" or schedule.workload != expected
+    stale = schedule.policy == "as given" or schedule.workload != expected or config.executor != "local"
     return replace(setup, schedule=setup.forecast(expected)) if stale else setup
 
 

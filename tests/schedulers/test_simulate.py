@@ -19,9 +19,10 @@ from ciuic_runtime.schedulers.calibration import Curve, Point
 from ciuic_runtime.schedulers.cost import Calibration, CostModel
 from ciuic_runtime.schedulers.draft import ScheduleDraft, schedule_of
 from ciuic_runtime.schedulers.graph import Page, Step, Task, TaskGraph, Work
+from ciuic_runtime.schedulers.pipeline import CALL_SECONDS, HANDLING_SECONDS
 from ciuic_runtime.schedulers.predict import predict
 from ciuic_runtime.schedulers.schedule import Schedule
-from ciuic_runtime.schedulers.simulate import micro_steps, simulate, simulate_pipeline
+from ciuic_runtime.schedulers.simulate import micro_steps, simulate, simulate_pipeline, simulate_stages
 from ciuic_runtime.schedulers.simulate_requests import simulate_requests
 from ciuic_runtime.schedulers.steps import workload_steps
 from ciuic_runtime.schedulers.trace import Trace
@@ -501,9 +502,9 @@ def test_a_read_and_a_copy_share_a_memory_controller() -> None:
 # Pipelines
 
 
-def stages(count: int, seconds: float, hop: float) -> tuple[Schedule, TaskGraph, CostModel]:
+def stages(count: int, seconds: float, hop: float, name: str = "cuda:{}") -> tuple[Schedule, TaskGraph, CostModel]:
     """Equal stages of two tasks each, one per GPU; what they hand on takes `hop` seconds."""
-    names = [f"cuda:{i}" for i in range(count)]
+    names = [name.format(i) for i in range(count)]
     graph = even_chain(2 * count, seconds=seconds / 2)
     topology = machine(*map(device, names), links=tuple(Link(a, b, 1e300, hop) for a, b in pairwise(names)))
     where = {f"t{i}": names[i // 2] for i in range(2 * count)}
@@ -564,6 +565,44 @@ def test_no_micro_batches_is_an_error() -> None:
     schedule, graph, cost = stages(2, 1.0, 0.0)
     with pytest.raises(InvalidInput, match="a pipeline of 0 micro-batches does nothing; it must be at least 1"):
         simulate_pipeline(schedule, graph, cost, 0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 5), st.floats(1e-4, 1.0), st.floats(0, 1))
+def test_passes_through_the_stages_of_a_cluster(p: int, m: int, rounds: int, seconds: float, share: float) -> None:
+    """A round takes what a stage needs for all passes and their calls, or what one takes through all stages and to the
+    driver."""
+    hop = share * seconds
+    schedule, graph, cost = stages(p, seconds, hop, "node{}/cuda:0")
+    schedule = replace(schedule, workload=Workload(8, 8, m))
+    trace = simulate_stages(schedule, graph, cost, 9, [Step.decode(9)] * (m * rounds))
+    busy = seconds + HANDLING_SECONDS
+    through = 2 * CALL_SECONDS - HANDLING_SECONDS + p * busy + (p - 1) * hop
+    least = (rounds - 1) * max(m * busy, through) + through + (m - 1) * busy
+    calls_first = rounds * p * m * HANDLING_SECONDS  # at most: while they are handled, nobody computes
+    assert (1 - 1e-9) * least <= trace.steps[-1].end <= least + calls_first
+    assert trace.seconds("decode") == close(trace.steps[-1].end)
+    check_lanes(trace)
+
+
+def test_two_equal_stages_do_twice_as_much_with_two_passes_on_their_way() -> None:
+    schedule, graph, cost = stages(2, 1.0, 0.0, "node{}/cuda:0")
+    one, two = (
+        predict(replace(schedule, workload=Workload(8, 8, m)), graph, cost, depth=m).decode_tokens_per_s for m in (1, 2)
+    )
+    assert one == close(1 / (2 + 2 * CALL_SECONDS + HANDLING_SECONDS))
+    assert two == close(2 * one)
+    four = predict(replace(schedule, workload=Workload(8, 8, 4)), graph, cost, depth=4).decode_tokens_per_s
+    assert four == close(1 / (1 + HANDLING_SECONDS))  # both are busy all the time
+
+
+def test_four_passes_keep_the_busier_of_two_stages_busy() -> None:
+    """85 % of the time and more, also where each computes for 10 ms only."""
+    schedule, graph, cost = stages(2, 10e-3, CALL_SECONDS, "node{}/cuda:0")
+    schedule = replace(schedule, workload=Workload(8, 8, 4))
+    trace = simulate_stages(schedule, graph, cost, 4, [Step.decode(9)] * 80)
+    busy = sum(e.seconds for e in trace.events if e.lane == "node0/cuda:0")
+    assert busy / trace.steps[-1].end > 0.9
 
 
 # Requests

@@ -1,0 +1,199 @@
+"""What is forecast of a cluster's run is that of its pipeline: stages beside one another, as many passes on their way
+as the engine has. Ray is needed only to see that it is so."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ciuic_runtime as ciuic
+from ciuic_runtime.devices.spec import DeviceSpec, Link, Topology
+from ciuic_runtime.engine.batching import Batching
+from ciuic_runtime.engine.config import RuntimeConfig
+from ciuic_runtime.engine.request import Request
+from ciuic_runtime.engine.setup import Setup, set_up
+from ciuic_runtime.engine.text import NoText, TextStream
+from ciuic_runtime.models.checkpoint import open_checkpoint
+from ciuic_runtime.ops.native import kernels
+from ciuic_runtime.schedulers.calibration import Calibration, Curve
+from ciuic_runtime.schedulers.graph import Step
+from ciuic_runtime.schedulers.pipeline import CALL_SECONDS, HANDLING_SECONDS, pipeline_of
+from ciuic_runtime.schedulers.steps import pipeline_steps, workload_steps
+from ciuic_runtime.schedulers.workload import Workload
+
+HOP = 2e-3  # s
+
+
+def cpu(name: str, **changes: Any) -> DeviceSpec:
+    """So slow that calls count for little; four cores."""
+    rates = {"float32": 1e9, "bfloat16": 1e9, "int8": 1e9}
+    known = {"memory_bytes": 1 << 30, "memory_bandwidth": 2e6, "matrix_rates": rates, "launch_overhead": 0.0}
+    return DeviceSpec(name, "CPU", **({**known, "cores": 4, "threads": 4, "basis": "estimated"} | changes))
+
+
+NODES = ("node0/cpu", "node1/cpu")
+TWO_NODES = Topology(tuple(map(cpu, NODES)), tuple(Link(a, b, 1e9, HOP, "measured") for a, b in (NODES, NODES[::-1])))
+HALVES = ciuic.Placement().put("*", on="node0/cpu")
+for last in ("layers.2.*", "layers.3.*", "head", "final_norm"):
+    HALVES = HALVES.put(last, on="node1/cpu")
+
+
+def setup(model: Path, topology: Topology, batch: int = 4, **settings: Any) -> Setup:
+    settings = {"max_model_len": 128, "max_num_seqs": batch, "workload": Workload(20, 30, batch)} | settings
+    return set_up(open_checkpoint(model), RuntimeConfig(executor="ray", **settings), None, topology)
+
+
+def decode_rate(one: Setup) -> float:
+    assert one.schedule.predicted is not None
+    return one.schedule.predicted.decode_tokens_per_s
+
+
+def engine_passes(chunk: int, work: Workload, depth: int) -> list[Step]:
+    """What the real batching makes of equal requests, whose passes end in the order in which they began."""
+    batching = Batching(64, work.batch, chunk)
+    batching.depth = depth
+    params = ciuic.SamplingParams(max_tokens=work.max_tokens, ignore_eos=True)
+    for i in range(work.batch):
+        batching.add(Request(i, (1,) * work.prompt_tokens, params, TextStream(NoText()), frozenset()))
+    passes, way = [], deque[Any]()
+    while batching.running or batching.waiting:
+        while len(way) < depth and (todo := batching.next_pass()) is not None:
+            way.append(todo)
+            spans = [(c.position, len(c.token_ids)) for c in todo.chunks]
+            passes.append(Step.of(todo.phase, spans, sum(bool(c.sample) for c in todo.chunks)))
+        done = way.popleft()
+        batching.computed(done)
+        for request in done.requests:
+            if request.computed == request.num_tokens:
+                request.append(1)
+        batching.release_finished()
+    return passes
+
+
+def test_the_passes_are_those_that_the_engine_makes(tiny_int4: Path) -> None:
+    graph, rng = ciuic.Model(tiny_int4).graph, random.Random(7)
+    for _ in range(200):
+        chunk = rng.choice([16, 64])
+        work = Workload(rng.randint(1, 80), rng.randint(1, 6), rng.randint(1, 9))
+        depth = rng.randint(1, 5)
+        expected = engine_passes(chunk, work, depth)
+        found = list(pipeline_steps(replace(graph, prefill_chunk=chunk), work, depth))
+        case = f"{work}, chunks of {chunk}, {depth} at once"
+        if chunk >= work.batch * work.prompt_tokens:
+            assert found == expected, case
+        # Where prompts take several passes, decodes begin between the last ones of them, in other groups.
+        assert Counter(s for s in found if s.phase == "prefill") == Counter(
+            s for s in expected if s.phase == "prefill"
+        ), case
+        tokens = [sum(s.tokens for s in steps if s.phase == "decode") for steps in (found, expected)]
+        assert tokens[0] == tokens[1] == work.batch * (work.max_tokens - 1), case
+
+
+def test_one_pass_at_once_is_the_local_executors_order(tiny_int4: Path) -> None:
+    graph = replace(ciuic.Model(tiny_int4).graph, prefill_chunk=16)
+    for work in (Workload(20, 4, 3), Workload(3, 2, 9), Workload(16, 1, 2)):
+        assert list(pipeline_steps(graph, work, 1)) == list(workload_steps(graph, work))
+
+
+def test_two_nodes_work_at_once(tiny_int4: Path) -> None:
+    one = setup(tiny_int4, TWO_NODES, placement=HALVES, micro_batches=1)
+    two = setup(tiny_int4, TWO_NODES, placement=HALVES, micro_batches=2, batch=8, workload=Workload(20, 30, 8))
+    alike = setup(tiny_int4, TWO_NODES, placement=HALVES, micro_batches=1, batch=8, workload=Workload(20, 30, 8))
+    assert decode_rate(two) < 2 * 1.001 * decode_rate(one)  # passes of four, two at once, against one at once
+    assert decode_rate(two) > 1.5 * decode_rate(one)  # the stages are not quite equal
+    assert decode_rate(alike) < decode_rate(two)
+    trace = two.forecast_trace(two.schedule)
+    assert set(trace.devices) == set(NODES) <= set(trace.lanes)
+    assert len(trace.steps) == len(engine_passes(two.model.prefill_chunk, two.schedule.workload, 2))
+    copies = [e for e in trace.events if e.kind == "copy"]
+    assert {e.lane for e in copies} == {"node0/cpu -> node1/cpu"}  # logits stay where the head is
+    assert len(copies) == len(trace.steps)
+    assert all(e.seconds + HANDLING_SECONDS >= HOP for e in copies)
+
+
+def test_one_sequence_is_in_one_stage_at_a_time(tiny_int4: Path) -> None:
+    work = Workload(20, 30, 1)
+    one, four = (setup(tiny_int4, TWO_NODES, 1, placement=HALVES, micro_batches=m, workload=work) for m in (1, 4))
+    assert decode_rate(one) == pytest.approx(decode_rate(four))
+    trace = four.forecast_trace(four.schedule)
+    assert len(trace.steps) == 1 + 29
+    compute = [e for e in trace.events if e.kind == "compute"]
+    assert all(a.end <= b.start + 1e-9 for a, b in pairwise(compute))
+    step = trace.steps[-1]
+    busy = sum(e.seconds for e in trace.events if e.step == len(trace.steps) - 1)
+    assert step.end - step.start == pytest.approx(busy + 2 * CALL_SECONDS + HANDLING_SECONDS)
+
+
+def test_stages_of_one_machine_share_its_cores(tiny_int4: Path) -> None:
+    whole = setup(tiny_int4, Topology((cpu("cpu"),)), stages=1)
+    halves = setup(tiny_int4, Topology((cpu("cpu"),)), stages=2)
+    pipeline = pipeline_of(halves.schedule, halves.model.graph, 2, None, None)
+    assert [(d.name, d.threads) for d in pipeline.schedule.topology.devices] == [("stage0/cpu", 2), ("stage1/cpu", 2)]
+    assert pipeline.depth == 2
+    trace = halves.forecast_trace(halves.schedule)
+    assert {e.lane for e in trace.events} >= {"stage0/cpu", "stage1/cpu", "stage0/cpu -> stage1/cpu"}
+    assert halves.schedule.predicted is not None
+    assert whole.schedule.predicted is not None
+    assert halves.schedule.predicted.memory_bytes == whole.schedule.predicted.memory_bytes
+    assert halves.schedule.topology == whole.schedule.topology  # what is carried out does not change
+    given = pipeline_of(halves.schedule, halves.model.graph, 2, 3, 1)
+    assert {d.threads for d in given.schedule.topology.devices} == {1}
+    assert given.depth == 3
+
+
+def test_what_is_known_of_a_device_is_known_of_its_stages(tiny_int4: Path) -> None:
+    curves = (Curve("cpu", 2, "int4", "mlp", 1.0, 1e-6), Curve("sim:0", 2, "int4", "mlp", 1.0, 1e-6))
+    known = Calibration({"cpu": 0.5}, {}, {"cpu": 1e-3, "sim:0": 1.0}, curves=curves)
+    found = known.under({"stage0/cpu": "cpu", "stage1/cpu": "cpu"})
+    assert found.compute_utilisation == {"stage0/cpu": 0.5, "stage1/cpu": 0.5}
+    assert found.launch_overhead == {"stage0/cpu": 1e-3, "stage1/cpu": 1e-3}
+    assert [c.device for c in found.curves] == ["stage0/cpu", "stage1/cpu"]
+
+
+def test_what_is_left_is_forecast_anew(tiny_int4: Path) -> None:
+    both = setup(tiny_int4, TWO_NODES, placement=HALVES)
+    left = both.without_nodes({"node1"})
+    assert left.schedule.devices_used() == ("node0/cpu",)
+    trace = left.forecast_trace(left.schedule)
+    assert not [e for e in trace.events if e.kind == "copy"]
+    assert decode_rate(left) < decode_rate(both)
+
+
+def test_a_layer_on_two_nodes_has_no_forecast(tiny_int4: Path) -> None:
+    spread = HALVES.put("layers.1.attention", on="node1/cpu")
+    found = setup(tiny_int4, TWO_NODES, placement=spread).schedule
+    assert found.predicted is None
+    assert "a layer, with its experts, lies on one node" in found.notes[-1]
+
+
+def test_passes_as_they_came_are_costed_as_a_pipeline(tiny_int4: Path) -> None:
+    one = setup(tiny_int4, TWO_NODES, placement=HALVES)
+    passes = [Step.prefill(20, 2), Step.prefill(20, 2), *[Step.decode(21, 2)] * 6]
+    trace = one.recost(one.schedule, passes)
+    assert [info.step for info in trace.steps] == passes
+    lanes = {lane: [e for e in trace.events if e.lane == lane] for lane in NODES}
+    assert all(a.end <= b.start + 1e-9 for es in lanes.values() for a, b in pairwise(es))
+    overlap = any(a.start < b.end and b.start < a.end for a in lanes[NODES[0]] for b in lanes[NODES[1]])
+    assert overlap, "both nodes compute at once"
+
+
+@pytest.mark.skipif(kernels() is None, reason="the native kernels are not built here")
+def test_a_run_has_the_passes_of_its_forecast(cluster: Any, tiny_int4: Path, here: Topology) -> None:
+    with ciuic.LLM(
+        tiny_int4, devices=here, max_model_len=128, max_num_seqs=8, threads=1, executor="ray", stages=2,
+        micro_batches=3, address=cluster.address,
+    ) as llm:  # fmt: skip
+        params = ciuic.SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.0)
+        llm.generate([[5 + i, 9, 17, 3] for i in range(7)], params)
+        actual, forecast = llm.trace, llm.forecast_trace()
+        sizes = [[(s.phase, s.tokens, s.sequences) for s in trace.steps] for trace in (actual, forecast)]
+        assert sizes[0] == sizes[1]
+        assert all(a.end <= b.start for a, b in pairwise(actual.steps))  # so that rates add up
+        compared = llm.comparison.decode_tokens_per_s
+        assert all((compared.forecast, compared.recosted, compared.actual))
