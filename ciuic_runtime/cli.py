@@ -741,5 +741,9 @@ def _ask() -> str:
         return ""
 
 
+from ciuic_runtime import cli_cluster  # noqa: E402, F401  its commands: launch, jobs, logs, stop
+
 if __name__ == "__main__":
-    main()
+    from ciuic_runtime import cli  # under its own name, whose app has all commands
+
+    cli.main()

@@ -31,14 +31,14 @@ def eventually(holds: Callable[[], bool], seconds: float = 20) -> bool:
 
 def slowed(server: Running, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.01) -> None:
     """Each token takes so long, so that something can happen while a request runs."""
-    engine = server.service.llm.engine
-    real = engine.sample
+    runner = server.service.llm.engine.runner
+    real = runner.draw  # type: ignore[attr-defined]
 
-    def slow(*arguments: Any) -> Any:
-        time.sleep(seconds)
-        return real(*arguments)
+    def slow(draws: Any, logits: Any) -> Any:
+        time.sleep(seconds * len(draws))
+        return real(draws, logits)
 
-    monkeypatch.setattr(engine, "sample", slow)
+    monkeypatch.setattr(runner, "draw", slow)
 
 
 def generated(server: Running) -> int:

@@ -102,16 +102,16 @@ def test_a_mistake_of_ours_says_nothing_of_itself(serve: Any, monkeypatch: pytes
 
 def test_an_error_in_a_stream_is_an_event_and_the_end(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve(model_name="tiny") as server:
-        engine = server.service.llm.engine
-        real, passes = engine.sample, []
+        runner = server.service.llm.engine.runner
+        real, passes = runner.draw, []
 
-        def fails_later(*arguments: Any) -> Any:
+        def fails_later(draws: Any, logits: Any) -> Any:
             passes.append(1)
             if len(passes) > 3:
-                raise FloatingPointError("NaN")
-            return real(*arguments)
+                logits.fill_(float("nan"))
+            return real(draws, logits)
 
-        monkeypatch.setattr(engine, "sample", fails_later)
+        monkeypatch.setattr(runner, "draw", fails_later)
         body = {"model": "tiny", "prompt": "a", "stream": True, "ignore_eos": True}
         answer = httpx.post(f"{server.url}/v1/completions", json=body)
         assert answer.status_code == 200
