@@ -493,6 +493,7 @@ def test_a_job_whose_node_is_lost_says_which_and_why(shell: Shell) -> None:
 
 
 @native
+@pytest.mark.slow
 def test_without_an_address_a_cluster_is_started_and_ctrl_c_ends_it_with_the_job(folder: Path) -> None:
     before = set(Path(tempfile.gettempdir()).glob("ciuic-ray-*"))
     (folder / "p.txt").write_text("one\n" * 200)
