@@ -80,10 +80,10 @@ class Placement:
         except (ValueError, RecursionError) as error:
             raise InvalidInput(f"placement {path} is not TOML: {error}") from error
         if strange := sorted(set(data) - {"put"}):
-            raise InvalidInput(f"placement {path}: {_unknown(strange[0], ('put',))}; rules are [[put]] tables")
+            raise InvalidInput(f"placement {path}: {unknown_key(strange[0], ('put',))}; rules are [[put]] tables")
         tables = data.get("put", [])
         if not isinstance(tables, list):
-            raise InvalidInput(f"placement {path}: put is {_shown(tables)}; rules are [[put]] tables")
+            raise InvalidInput(f"placement {path}: put is {shown(tables)}; rules are [[put]] tables")
         if not tables:
             raise InvalidInput(
                 f"placement {path} has no rules; write [[put]] tables with pattern and on, or leave it out"
@@ -96,9 +96,9 @@ class Placement:
     def _put_table(self, table: Any, where: str) -> Placement:
         allowed = "a rule has pattern, on, and optionally by, shares and store"
         if not isinstance(table, dict):
-            raise InvalidInput(f"{where}: {allowed}; this one is {_shown(table)}")
+            raise InvalidInput(f"{where}: {allowed}; this one is {shown(table)}")
         if strange := sorted(set(table) - set(_KEYS)):
-            raise InvalidInput(f"{where}: {_unknown(strange[0], _KEYS)}; {allowed}")
+            raise InvalidInput(f"{where}: {unknown_key(strange[0], _KEYS)}; {allowed}")
         if missing := [key for key in ("pattern", "on") if key not in table]:
             raise InvalidInput(f"{where}: {missing[0]} is missing; {allowed}")
         try:
@@ -258,11 +258,11 @@ def _examples(rows: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))
 
 
-def _unknown(key: Any, allowed: Sequence[str]) -> str:
+def unknown_key(key: Any, allowed: Sequence[str]) -> str:
     near = get_close_matches(key, allowed, n=1, cutoff=0.6)
-    return f"unknown key {_shown(key)}" + (f", did you mean {near[0]}?" if near else "")
+    return f"unknown key {shown(key)}" + (f", did you mean {near[0]}?" if near else "")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -25,6 +25,7 @@ from ciuic_runtime.memory.hierarchy import MemoryHierarchy
 from ciuic_runtime.models.batch import Chunk
 from ciuic_runtime.schedulers.graph import Phase, Step
 from ciuic_runtime.schedulers.memory import node_of
+from ciuic_runtime.schedulers.pipeline import stage_threads
 from ciuic_runtime.schedulers.policies.mixing import PassTimes
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.stages import Stage, stages_of
@@ -61,7 +62,7 @@ class ClusterHost:
 
     def _forecast(self) -> Callable[[Step], float | None]:
         times: PassTimes | None = self._setup.pass_times()
-        return (lambda step: times.of_step(step)) if times else (lambda step: None)
+        return times.of_step if times else lambda step: None
 
     def _placed(self, schedule: Schedule) -> list[PlacedStage]:
         graph = self._setup.model.graph
@@ -75,10 +76,9 @@ class ClusterHost:
         if stage.node and node_id is None:
             raise InvalidInput(
                 f"the schedule has stages on {stage.node}, and it is not known which of Ray's nodes that is; plan with "
-                "DeviceManager.from_ray(address), or --devices ray"
+                "DeviceManager.from_ray(address), or --address"
             )
-        cores = sum(d.cores for d in devices if d.kind == "CPU") or os.cpu_count() or 1
-        threads = self._config.threads or max(1, cores // on_node)
+        threads = stage_threads(stage, on_node, self._config.threads) or max(1, (os.cpu_count() or 1) // on_node)
         here = [n for n in self.ray.nodes() if n["Alive"] and node_id in (None, n["NodeID"])]
         offered = max((n["Resources"].get("CPU", 0.0) for n in here), default=0.0)
         setup, config = self._setup, self._config

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ciuic_runtime.cluster.job_file import FLAG, TEXTS, JobFile, checked, choice, number, shown, text, unknown, whole
+from ciuic_runtime.cluster.job_file import FLAG, TEXTS, JobFile, checked, choice, number, text, whole
 from ciuic_runtime.cluster.prompts import read_prompts, token_ids
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.devices.files import check_can_write
@@ -17,7 +17,7 @@ from ciuic_runtime.devices.toml import Key
 from ciuic_runtime.devices.units import parse_bytes
 from ciuic_runtime.engine.config import MOST_LOOKAHEAD
 from ciuic_runtime.engine.sampling import SamplingParams
-from ciuic_runtime.schedulers.placement import Placement
+from ciuic_runtime.schedulers.placement import Placement, shown, unknown_key
 from ciuic_runtime.schedulers.policies.cache import cache_policy
 from ciuic_runtime.schedulers.workload import Goal, Workload
 from ciuic_runtime.server.config import ServerConfig
@@ -220,7 +220,7 @@ def _placement(document: Mapping[str, Any], named: str | None, file: JobFile) ->
         where = f"job {file.path}" + (f", line {line}" if line else "") + f": rule {n}"
         allowed = "a rule has pattern, on, and optionally by, shares and store"
         if strange := sorted(set(rule) - set(_RULE_KEYS)):
-            raise InvalidInput(f"{where}: {unknown(strange[0], _RULE_KEYS)}; {allowed}")
+            raise InvalidInput(f"{where}: {unknown_key(strange[0], _RULE_KEYS)}; {allowed}")
         if missing := [key for key in ("pattern", "on") if key not in rule]:
             raise InvalidInput(f"{where}: {missing[0]} is missing; {allowed}")
         try:
@@ -259,7 +259,7 @@ def _known(table: Mapping[str, Any], keys: Sequence[str], file: JobFile, name: s
             if key in _JOB_KEYS:
                 elsewhere = ["the top of the file, above the first table"]
             known_as = f"; it belongs to {' or '.join(elsewhere)}" if elsewhere else f"; allowed: {', '.join(keys)}"
-            file.fail(f"{unknown(key, keys)}{known_as}", name, key)
+            file.fail(f"{unknown_key(key, keys)}{known_as}", name, key)
 
 
 # What a key may hold

@@ -4,14 +4,14 @@ Knows no key by name."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.devices.toml import Key
+from ciuic_runtime.schedulers.placement import shown
 
 Found = TypeVar("Found")
 _HEADER = re.compile(r"\s*\[\[?\s*([\w.-]+)\s*\]\]?\s*(?:#.*)?$")
@@ -64,16 +64,6 @@ class JobFile:
             elif key and current == table and re.match(rf"\s*([\"']?){re.escape(key)}\1\s*[=.]", line):
                 return at
         return None
-
-
-def unknown(key: str, allowed: Sequence[str]) -> str:
-    near = get_close_matches(key, allowed, n=1, cutoff=0.6)
-    return f"unknown key {shown(key)}" + (f", did you mean {near[0]}?" if near else "")
-
-
-def shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # What a key may hold

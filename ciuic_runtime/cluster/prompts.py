@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ciuic_runtime.cluster.job_file import shown, unknown
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.devices.files import write_whole
 from ciuic_runtime.engine.request import RequestOutput
 from ciuic_runtime.engine.sampling import SamplingParams
+from ciuic_runtime.memory.pack_journal import entry_of
 from ciuic_runtime.models.checkpoint import open_checkpoint
 from ciuic_runtime.models.tokenizer import Tokenizer, load_tokenizer
+from ciuic_runtime.schedulers.placement import shown, unknown_key
 
 Prompt = str | tuple[int, ...]  # text, or token ids
 
@@ -43,7 +44,7 @@ def _json_prompt(line: str, where: str) -> Prompt:
     if not isinstance(entry, dict) or "prompt" not in entry:
         raise InvalidInput(f"{where} has no prompt; {example}")
     if strange := sorted(set(entry) - {"prompt"}):
-        raise InvalidInput(f"{where}: {unknown(strange[0], ('prompt',))}; {example}")
+        raise InvalidInput(f"{where}: {unknown_key(strange[0], ('prompt',))}; {example}")
     prompt = entry["prompt"]
     if isinstance(prompt, str) and prompt:
         return prompt
@@ -94,7 +95,7 @@ class Results:
         self.lines: dict[int, dict[str, Any]] = {}  # by index of the prompt
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for line in text.splitlines():
-            entry = _entry(line)
+            entry = entry_of(line)
             index = entry.get("index")
             if type(index) is not int or not 0 <= index < len(self._prompts):
                 continue
@@ -125,11 +126,3 @@ class Results:
 
 def _plain(prompt: Prompt) -> str | list[int]:
     return prompt if isinstance(prompt, str) else list(prompt)
-
-
-def _entry(line: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) else {}

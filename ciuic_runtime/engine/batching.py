@@ -28,10 +28,6 @@ class Pass:
     def decoding(self) -> list[Request]:
         return [r for r, c in zip(self.requests, self.chunks, strict=True) if not c.prompt and len(c.token_ids) == 1]
 
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(len(c.token_ids) for c in self.chunks if c.prompt)
-
 
 # How many tokens those that catch up get in a pass that others decode in: from the contexts of these, (tokens in the
 # cache, tokens to be computed) of each of those, and the number of passes since they got any.

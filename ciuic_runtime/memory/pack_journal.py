@@ -47,7 +47,7 @@ class PackJournal:
 
     def _read(self, folder: Path, heading: dict[str, Any]) -> dict[str, str]:
         self._file.seek(0)
-        lines = [entry for line in self._file if (entry := _entry(line))]
+        lines = [entry for line in self._file if (entry := entry_of(line))]
         if not lines:
             self._file.truncate(0)
             self._line(heading)
@@ -64,7 +64,7 @@ class PackJournal:
         self._file.flush()
 
 
-def _entry(line: str) -> dict[str, Any]:
+def entry_of(line: str) -> dict[str, Any]:
     """{} for a line that was cut off."""
     try:
         entry = json.loads(line)
