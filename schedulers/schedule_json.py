@@ -3,14 +3,13 @@ What the rows mean is checked against a graph, by `Schedule.validate`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.devices.toml import topology_from_dict, topology_to_dict
 from ciuic_runtime.schedulers.assignment import Assignment, Candidate, ModelSummary, Paging, Prediction
+from ciuic_runtime.schedulers.reading import LARGEST, read_as, shown
 from ciuic_runtime.schedulers.workload import Goal, Workload
 
 if TYPE_CHECKING:
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _ROW_KEYS = {"task", "device", "home", "bytes"}
-_LARGEST = 2**60  # bytes, and every other count
 
 
 def schedule_to_dict(schedule: Schedule) -> dict[str, Any]:
@@ -48,7 +46,7 @@ def read_schedule(data: Any, source: str) -> dict[str, Any]:
         raise InvalidInput(f"{source} is not a schedule; `ciuic plan MODEL --save FILE` writes one")
     if data["schema_version"] != SCHEMA_VERSION:
         raise InvalidInput(
-            f"{source} has schema_version {_shown(data['schema_version'])}, this version reads {SCHEMA_VERSION}; "
+            f"{source} has schema_version {shown(data['schema_version'])}, this version reads {SCHEMA_VERSION}; "
             "plan again"
         )
     keys = {"goal": Goal, "policy": str, "model": ModelSummary, "workload": Workload, "predicted": Prediction | None,
@@ -59,7 +57,7 @@ def read_schedule(data: Any, source: str) -> dict[str, Any]:
     keys["paging"] = Paging | None
     if strange := data.keys() - {*keys, "schema_version", "devices", "links", "domains", "assignments"}:
         raise InvalidInput(f"{source} has an unknown key {min(strange, key=str)}; remove it")
-    values = {key: _read(kind, data[key], f"{source}: {key}") for key, kind in keys.items()}
+    values = {key: read_as(kind, data[key], f"{source}: {key}") for key, kind in keys.items()}
     parts = {"device": data["devices"], "link": data["links"], "domain": data["domains"]}
     topology = topology_from_dict(parts, source)
     rows = _rows(data["assignments"], {d.name for d in topology.devices}, source)
@@ -78,70 +76,13 @@ def _rows(value: Any, devices: set[str], source: str) -> tuple[Assignment, ...]:
 
 def _row(row: Any, devices: set[str], where: str) -> Assignment:
     if not isinstance(row, dict) or row.keys() != _ROW_KEYS:
-        raise InvalidInput(f"{where} is {_shown(row)}; it must have {', '.join(sorted(_ROW_KEYS))}")
+        raise InvalidInput(f"{where} is {shown(row)}; it must have {', '.join(sorted(_ROW_KEYS))}")
     task, device, home, nbytes = row["task"], row["device"], row["home"], row["bytes"]
     if not isinstance(task, str):
-        raise InvalidInput(f"{where}: task is {_shown(task)}; it must be a text")
+        raise InvalidInput(f"{where}: task is {shown(task)}; it must be a text")
     for key, name in (("device", device), ("home", home)):
         if not isinstance(name, str) or name not in devices:
-            raise InvalidInput(f"{where} ({task}): {key} is {_shown(name)}; there are {', '.join(sorted(devices))}")
-    if type(nbytes) is not int or not 0 <= nbytes <= _LARGEST:
-        raise InvalidInput(f"{where} ({task}): bytes is {_shown(nbytes)}; it must be a whole number from 0 to 2**60")
+            raise InvalidInput(f"{where} ({task}): {key} is {shown(name)}; there are {', '.join(sorted(devices))}")
+    if type(nbytes) is not int or not 0 <= nbytes <= LARGEST:
+        raise InvalidInput(f"{where} ({task}): bytes is {shown(nbytes)}; it must be a whole number from 0 to 2**60")
     return Assignment(task, device, home, nbytes)
-
-
-# A small reader that follows the annotations of the dataclasses
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """`value` as `kind`, or InvalidInput."""
-    if is_dataclass(kind):
-        return _read_fields(kind, value, where)
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return None if value is None else _read(next(k for k in args if k is not type(None)), value, where)
-    if origin is Literal:
-        return value if isinstance(value, str) and value in args else _refuse(value, where, f"one of {', '.join(args)}")
-    if origin is tuple:
-        fixed = args[-1] is not Ellipsis
-        if not isinstance(value, list) or (fixed and len(value) != len(args)):
-            _refuse(value, where, f"a list of {len(args)}" if fixed else "a list")
-        return tuple(_read(args[0], item, f"{where} {i}") for i, item in enumerate(value, 1))
-    if origin is Mapping:
-        if not isinstance(value, dict):
-            _refuse(value, where, "an object")
-        return {key: _read(args[1], item, f"{where}: {key}") for key, item in value.items()}
-    return _read_plain(kind, value, where)
-
-
-def _read_plain(kind: type, value: Any, where: str) -> Any:
-    if kind is float:
-        # The comparison refuses NaN and whole numbers too large for a float.
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 <= value <= 1e300
-        return float(value) if good else _refuse(value, where, "a number")
-    if kind is int:
-        good = type(value) is int and 0 <= value <= _LARGEST
-        return value if good else _refuse(value, where, "a whole number from 0 to 2**60")
-    assert kind in (str, bool), kind
-    return value if isinstance(value, kind) else _refuse(value, where, "a text" if kind is str else "true or false")
-
-
-def _read_fields(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        _refuse(value, where, "an object")
-    hints = get_type_hints(kind)
-    if strange := value.keys() - hints.keys():
-        raise InvalidInput(f"{where}: unknown key {min(strange)}; allowed: {', '.join(hints)}")
-    for item in fields(kind):
-        if item.name not in value and item.default is MISSING and item.default_factory is MISSING:
-            raise InvalidInput(f"{where} has no {item.name}; it must have {', '.join(hints)}")
-    return kind(**{name: _read(hints[name], item, f"{where}: {name}") for name, item in value.items()})
-
-
-def _refuse(value: Any, where: str, allowed: str) -> Any:
-    raise InvalidInput(f"{where} is {_shown(value)}; it must be {allowed}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**50 else "a very large number"
-    return text if len(text) <= 80 else text[:77] + "..."

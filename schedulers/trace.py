@@ -32,6 +32,7 @@ class Event:
     phase: Phase
     kind: EventKind = "compute"
     nbytes: int = 0  # moved, for copies
+    cause: str = ""  # of a wait: the page that came last
 
     @property
     def seconds(self) -> float:

@@ -24,16 +24,12 @@ from ciuic_runtime.ops.custom import Replacements
 from ciuic_runtime.ops.native import REFERENCE, instruction_set
 from ciuic_runtime.planning import plan, with_disk
 from ciuic_runtime.schedulers.calibration import Calibration
-from ciuic_runtime.schedulers.cost import CostModel
+from ciuic_runtime.schedulers.forecaster import Forecaster, Pipelining
 from ciuic_runtime.schedulers.graph import Step, TaskGraph
 from ciuic_runtime.schedulers.memory import capacity, limit_memory, memory_need, node_of
-from ciuic_runtime.schedulers.pipeline import pipeline_of
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.policies.mixing import PassTimes, Size
-from ciuic_runtime.schedulers.predict import predict
 from ciuic_runtime.schedulers.schedule import Schedule
-from ciuic_runtime.schedulers.simulate import simulate, simulate_stages
-from ciuic_runtime.schedulers.steps import pipeline_steps, workload_steps
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Workload
 
@@ -61,8 +57,7 @@ class Setup:
         """The schedule with its forecast made anew for a workload; without one where a device's speed is not known."""
         schedule, graph = replace(self.schedule, workload=work), self.model.graph
         try:
-            carried_out, cost, depth = self._carried_out(schedule)
-            predicted = predict(carried_out, graph, cost, depth)
+            predicted = self.forecaster(schedule).predict()
         except InvalidInput as error:
             return replace(schedule, predicted=None, notes=(*schedule.notes, f"no forecast: {error}"))
         memory = {name: need.total for name, need in memory_need(schedule, graph, work).items()}
@@ -85,38 +80,30 @@ class Setup:
 
     def forecast_trace(self, schedule: Schedule) -> Trace:
         """What is forecast for the schedule's workload, pass by pass."""
-        _, _, depth = self._carried_out(schedule)
-        graph, work = self.model.graph, schedule.workload
-        return self.recost(schedule, pipeline_steps(graph, work, depth) if depth else workload_steps(graph, work))
+        return self.forecaster(schedule).trace()
 
     def recost(self, schedule: Schedule, passes: Iterable[Step]) -> Trace:
         """What the cost model makes of passes as they came."""
-        carried_out, cost, depth = self._carried_out(schedule)
-        if depth is None:
-            return simulate(carried_out, self.model.graph, cost, passes)
-        return simulate_stages(carried_out, self.model.graph, cost, depth, passes)
+        return self.forecaster(schedule).recost(passes)
 
     def pass_times(self) -> PassTimes | None:
         """Of passes of any size; None where a device's speed is not known."""
         try:
-            carried_out, cost, _ = self._carried_out(self.schedule)
-            times = PassTimes(carried_out, self.model.graph, cost)
+            forecaster = self.forecaster(self.schedule)
+            times = PassTimes(forecaster.carried_out, self.model.graph, forecaster.cost)
             times.seconds(Size(1, 1))
         except InvalidInput as error:
             log.warning("prompts are computed before anybody's next token: %s", error)
             return None
         return times
 
-    def _carried_out(self, schedule: Schedule) -> tuple[Schedule, CostModel, int | None]:
-        """The schedule as it is simulated, what things take there, and how many passes are on their way at once; None:
-        the local executor's one. Raises InvalidInput for what a cluster cannot cut into stages."""
-        config, known = self.config, self.calibration
-        if config.executor == "local":
-            return schedule, CostModel(schedule.topology, self.model.format, known, schedule.workload), None
-        pipeline = pipeline_of(schedule, self.model.graph, config.stages, config.micro_batches, config.threads)
-        topology = pipeline.schedule.topology
-        cost = CostModel(topology, self.model.format, known.under(pipeline.names), schedule.workload)
-        return pipeline.schedule, cost, pipeline.depth
+    def forecaster(self, schedule: Schedule) -> Forecaster:
+        """Of a schedule of this model, carried out as the settings say."""
+        config = self.config
+        way = None
+        if config.executor != "local":
+            way = Pipelining(config.stages, config.micro_batches, config.threads)
+        return Forecaster(schedule, self.model.graph, self.calibration, way)
 
 
 def set_up(
