@@ -89,7 +89,9 @@ def _basis_notes(schedule: Schedule, model: Model, calibration: Calibration) -> 
         )
     cost = CostModel(schedule.topology, model.format, calibration, schedule.workload)
     steps = (prefill_step(model.graph, schedule.workload, 0), schedule.workload.mean_decode)
-    beyond = {cost.outside(task, d, step): None for d in devices for task in model.graph for step in steps}
+    alike = {model.graph.shapes[task.name]: task for task in reversed(model.graph.tasks)}
+    kinds = [alike[shape] for shape in sorted(alike)]
+    beyond = {cost.outside(task, d, step): None for d in devices for task in kinds for step in steps}
     if said := [what for what in beyond if what]:
         notes.append(f"outside of what was measured, where the nearest measured share is taken: {', '.join(said)}")
     return notes

@@ -22,7 +22,7 @@ class ScheduleDraft:
         working = graph.working_bytes(workload.batch, workload.prompt_tokens, workload.context)
         self.room = {d.name: capacity(d) - working for d in topology.compute_devices}  # bytes left
         self.where: dict[str, str] = {}
-        self._held: set[tuple[str, str]] = set()  # (page, device)
+        self._held: set[tuple[str, str]] = set()  # (page, device), of pages that several rows share
         self._fixed: Fixed = NOTHING
         for row, device in fixed.items():
             self.put(row, device)
@@ -30,8 +30,11 @@ class ScheduleDraft:
 
     def need(self, tasks: Iterable[Task], device: str) -> float:
         """Bytes that placing what no rule fixed of `tasks` on `device` takes, its share of the KV cache included."""
-        rows = (row for task in tasks for row, _ in task.rows)
-        return sum(self.row_need(row, device) for row in rows if row not in self._fixed)
+        return sum(
+            sum(self.row_need(row, device) for row, _ in task.rows if row not in self._fixed)
+            if self._one_by_one(task) else self._whole(task)
+            for task in tasks
+        )  # fmt: skip
 
     def row_need(self, row: str, device: str) -> float:
         page, task = self.graph.rows[row], self.graph.by_name.get(row)
@@ -43,16 +46,28 @@ class ScheduleDraft:
 
     def place(self, task: Task, device: str) -> None:
         """Puts all of a task that no rule fixed, whether it fits or not; that is for `check_memory` to say."""
-        for row, _ in task.rows:
-            self.put(row, device)
+        if self._one_by_one(task):
+            for row, _ in task.rows:
+                self.put(row, device)
+            return
+        self.room[device] = self.room.get(device, 0.0) - self._whole(task)
+        self.where.update((row, device) for row, _ in task.rows)
 
     def put(self, row: str, device: str) -> None:
         """Puts a task, or one routed expert (layers.3.experts.17), unless a rule fixed it."""
         if row in self._fixed:
             return
         self.room[device] = self.room.get(device, 0.0) - self.row_need(row, device)
-        self._held.add((self.graph.rows[row].name, device))
+        if (page := self.graph.rows[row].name) in self.graph.shared_pages:
+            self._held.add((page, device))
         self.where[row] = device
+
+    def _one_by_one(self, task: Task) -> bool:
+        """Whether rules or shared pages tell some of its rows from others."""
+        return bool(self._fixed) or task.pages[0].name in self.graph.shared_pages
+
+    def _whole(self, task: Task) -> float:
+        return task.nbytes + task.kv_bytes_per_token * self.workload.cache_tokens
 
     def freeze(self, policy: str) -> Schedule:
         return schedule_of(self.graph, self.topology, self.workload, self.where, policy)
@@ -63,11 +78,14 @@ def schedule_of(
 ) -> Schedule:
     """The schedule that puts each row where `where` says; rows it does not name are left out."""
     held: set[tuple[str, str]] = set()
-    rows = []
+    rows, shared = [], graph.shared_pages
     for row, page in graph.rows.items():
-        if row in where:
-            device = where[row]
-            rows.append(Assignment(row, device, device, 0 if (page.name, device) in held else page.nbytes))
+        if (device := where.get(row)) is None:
+            continue
+        nbytes = page.nbytes
+        if page.name in shared:
+            nbytes = 0 if (page.name, device) in held else nbytes
             held.add((page.name, device))
+        rows.append(Assignment(row, device, device, nbytes))
     model = ModelSummary(graph.name, graph.format, graph.parameters, graph.active_parameters)
     return Schedule(model, workload, topology, tuple(rows), policy)

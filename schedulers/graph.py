@@ -3,6 +3,7 @@ Knows no device and no clock; a model's graph is built by `ciuic_runtime.models.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -224,6 +225,18 @@ class TaskGraph:
         return {name: page for task in self.tasks for name, page in task.rows}
 
     @cached_property
+    def shared_pages(self) -> frozenset[str]:
+        """Names of pages that several rows read: of tied embeddings, the one table."""
+        count = Counter(page.name for page in self.rows.values())
+        return frozenset(name for name, rows in count.items() if rows > 1)
+
+    @cached_property
+    def shapes(self) -> dict[str, int]:
+        """By task: tasks of equal numbers do the same work, with pages of the same size."""
+        numbers: dict[tuple[object, ...], int] = {}
+        return {t.name: numbers.setdefault(_shape(t), len(numbers)) for t in self.tasks}
+
+    @cached_property
     def nbytes(self) -> int:
         return sum(page.nbytes for page in self.pages.values())
 
@@ -243,6 +256,10 @@ class TaskGraph:
     @cached_property
     def kv_bytes_per_token(self) -> float:
         return sum(task.kv_bytes_per_token for task in self.tasks)
+
+
+def _shape(t: Task) -> tuple[object, ...]:
+    return t.kind, t.pages[0].nbytes, t.prefill, t.decode, t.num_experts, t.experts_per_token, t.popularity
 
 
 def task_kind(name: str) -> str:

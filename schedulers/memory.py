@@ -46,10 +46,17 @@ def memory_need(schedule: Schedule, graph: TaskGraph, workload: Workload) -> dic
     whole workload, and working memory where anything is computed. What is on a disk takes no memory there."""
     used, paging = schedule.devices_used(), schedule.paging
     weights, cache = dict.fromkeys(used, 0), dict.fromkeys(used, 0.0)
-    held = {(page.name, schedule.rows[row].home): page.nbytes for row, page in graph.rows.items()}
-    for (_, device), nbytes in held.items():
-        if schedule.topology.device(device).kind != "DISK":
-            weights[device] = weights.get(device, 0) + nbytes
+    disks = {d.name for d in schedule.topology.devices if d.kind == "DISK"}
+    held: set[tuple[str, str]] = set()
+    rows, shared = schedule.rows, graph.shared_pages
+    for row, page in graph.rows.items():
+        home = rows[row].home
+        if page.name in shared:
+            if (page.name, home) in held:
+                continue
+            held.add((page.name, home))
+        if home not in disks:
+            weights[home] = weights.get(home, 0) + page.nbytes
     if paging is not None:
         weights[paging.device] = paging.cache_bytes
     for device, nbytes in _largest_streamed(schedule, graph).items():
@@ -80,10 +87,11 @@ def _largest_streamed(schedule: Schedule, graph: TaskGraph) -> dict[str, int]:
     """By device: the largest page that is computed with there and comes from elsewhere, whole, without a cache."""
     paged = (schedule.paging.device, schedule.paging.disk) if schedule.paging else None
     largest: dict[str, int] = {}
-    for row, page in graph.rows.items():
-        device, home = schedule.rows[row].device, schedule.rows[row].home
-        if home != device and (device, home) != paged and not page.row_nbytes:
-            largest[device] = max(largest.get(device, 0), page.nbytes)
+    for row in schedule.assignments:
+        if row.home != row.device and (row.device, row.home) != paged:
+            page = graph.rows[row.task]
+            if not page.row_nbytes:
+                largest[row.device] = max(largest.get(row.device, 0), page.nbytes)
     return largest
 
 

@@ -17,7 +17,7 @@ from ciuic_runtime.schedulers.graph import Page, Step, Task, TaskGraph
 from ciuic_runtime.schedulers.hits import hit_rates
 from ciuic_runtime.schedulers.memory import node_of
 from ciuic_runtime.schedulers.policies.cache import cache_policy
-from ciuic_runtime.schedulers.program import Op, Source, host_of, program_of
+from ciuic_runtime.schedulers.program import Op, Program, Source, host_of, program_of
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.trace import Event, EventKind, StepInfo, Trace
 
@@ -109,12 +109,12 @@ class Run:
 
     def __init__(
         self, schedule: Schedule, graph: TaskGraph, cost: CostModel, pools: Mapping[str, float] | None = None,
-        handling: float = 0.0,
+        handling: float = 0.0, program: Program | None = None,
     ) -> None:  # fmt: skip
         """`handling`: s, of a node's process for each call that brings it a pass."""
         self.schedule, self.graph, self.cost, self.handling = schedule, graph, cost, handling
         self.engine = Engine({d.name: d.bandwidth for d in cost.topology.domains}, pools)
-        self.program = program_of(schedule, graph)
+        self.program = program or program_of(schedule, graph)
         self.devices = {d.name: d for d in schedule.topology.devices}
         self.sampler = self.devices[host_of(schedule, graph) or schedule.device_of(graph.tasks[-1].name)]
         self.disk = _Disk(schedule.paging, schedule, graph) if schedule.paging else None

@@ -9,6 +9,7 @@ from ciuic_runtime.schedulers.assignment import Prediction
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import Step, TaskGraph
 from ciuic_runtime.schedulers.memory import memory_need
+from ciuic_runtime.schedulers.program import program_of
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.simulate import simulate, simulate_stages
 from ciuic_runtime.schedulers.steps import group_sizes, num_prefill_steps, pipeline_prefill, prefill_step
@@ -25,8 +26,9 @@ def predict(schedule: Schedule, graph: TaskGraph, cost: CostModel, depth: int | 
     """`depth`: of a pipeline, how many passes may be on their way at once; None: the local executor's one."""
     work = schedule.workload
     if depth is None:
-        prefill = simulate(schedule, graph, cost, _prefill_steps(graph, work))
-        decode = simulate(schedule, graph, cost, [work.mean_decode])
+        program = program_of(schedule, graph)
+        prefill = simulate(schedule, graph, cost, _prefill_steps(graph, work), program)
+        decode = simulate(schedule, graph, cost, [work.mean_decode], program)
         decode_rate = decode.tokens_per_s("decode")
     else:
         prefill, decode = (
@@ -81,6 +83,7 @@ def _binding(decode: Trace, graph: TaskGraph, cost: CostModel, step: Step) -> st
     """The resource that the decode step spends most of its time on."""
     spent: dict[str, float] = {}
     disk = next((e.lane.partition(" ")[0] for e in decode.events if e.kind == "read"), "")
+    known: dict[tuple[int, str], str] = {}  # what binds tasks that are alike
     for event in decode.events:
         if event.kind == "read":
             continue
@@ -91,7 +94,9 @@ def _binding(decode: Trace, graph: TaskGraph, cost: CostModel, step: Step) -> st
         elif event.kind == "sample":
             what = "overhead of the host"
         else:
-            bound = cost.task(graph.by_name[event.task], cost.topology.device(event.lane), step).bound_by
-            what = f"{bound} of {event.lane}"
+            key = graph.shapes[event.task], event.lane
+            if key not in known:
+                known[key] = cost.task(graph.by_name[event.task], cost.topology.device(event.lane), step).bound_by
+            what = f"{known[key]} of {event.lane}"
         spent[what] = spent.get(what, 0.0) + event.seconds
     return max(spent, key=lambda what: spent[what])

@@ -45,10 +45,14 @@ class Op:
         return self.task.output_bytes_per_token * self.task.work(step.phase).rows(step)
 
 
-def program_of(schedule: Schedule, graph: TaskGraph) -> tuple[Op, ...]:
+Program = tuple[Op, ...]
+
+
+def program_of(schedule: Schedule, graph: TaskGraph) -> Program:
     """A pass in the order of the graph: each value is copied to a device the first time it is needed there."""
     ops: list[Op] = []
     numbers: dict[tuple[object, ...], int] = {}
+    shapes = graph.shapes
     where: dict[str, set[str]] = {}  # task -> devices that have its output
 
     def fetch(names: Iterable[str], device: str) -> None:
@@ -59,8 +63,7 @@ def program_of(schedule: Schedule, graph: TaskGraph) -> tuple[Op, ...]:
 
     def compute(task: Task, device: str, part: Literal["whole", "experts", "combine"], experts: Sequence[int]) -> None:
         works = (task.prefill, task.decode)
-        shape = (task.kind, task.pages[0].nbytes, *works, task.num_experts, task.experts_per_token, task.popularity)
-        key = (*shape, device, part, tuple(experts) if part == "experts" else ())
+        key = (shapes[task.name], device, part, tuple(experts) if part == "experts" else ())
         attends = any(w.flops_per_pair or w.flops_per_position or w.bytes_per_position for w in works)
         paged = schedule.paging is not None and device == schedule.paging.device and part != "combine"
         sources = sources_of(schedule, task, device, experts) if part != "combine" else ()

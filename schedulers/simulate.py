@@ -12,15 +12,20 @@ from ciuic_runtime.schedulers.events import Job
 from ciuic_runtime.schedulers.graph import Phase, Step, TaskGraph
 from ciuic_runtime.schedulers.passes import Run
 from ciuic_runtime.schedulers.pipeline import CALL_SECONDS, HANDLING_SECONDS
+from ciuic_runtime.schedulers.program import Program
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.steps import group_sizes, workload_steps
 from ciuic_runtime.schedulers.trace import Trace
 
 
-def simulate(schedule: Schedule, graph: TaskGraph, cost: CostModel, steps: Iterable[Step] | None = None) -> Trace:
+def simulate(
+    schedule: Schedule, graph: TaskGraph, cost: CostModel, steps: Iterable[Step] | None = None,
+    program: Program | None = None,
+) -> Trace:  # fmt: skip
     """The trace that the local executor is forecast to leave: one task at a time over all devices, copies before the
-    task that needs them, pages from elsewhere beside. For the schedule's workload, or for the steps that are given."""
-    run = Run(schedule, graph, cost)
+    task that needs them, pages from elsewhere beside. For the schedule's workload, or for the steps that are given.
+    `program`: the schedule's, if it was made before."""
+    run = Run(schedule, graph, cost, program=program)
     for step in workload_steps(graph, schedule.workload) if steps is None else steps:
         run.step(step)
     return run.trace()

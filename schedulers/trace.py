@@ -3,14 +3,12 @@ run. Knows nothing of how events were recorded."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from ciuic_runtime.devices.files import write_whole
 from ciuic_runtime.schedulers.comparison import Comparison, compare
 from ciuic_runtime.schedulers.graph import Phase, Step, task_kind
 
@@ -97,29 +95,10 @@ class Trace:
         count = min(len(known), most)
         return [known[(2 * i + 1) * len(known) // (2 * count)] for i in range(count)]
 
-    def to_chrome(self) -> dict[str, Any]:
-        """Chrome trace JSON ("Trace Event Format"): one thread per lane, complete events, times in microseconds."""
-        tids = {lane: i + 1 for i, lane in enumerate(self.lanes)}
-        rows: list[dict[str, Any]] = [
-            {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": f"ciuic ({self.source})"}}
-        ]
-        for lane, tid in tids.items():
-            rows.append({"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": lane}})
-            rows.append({"ph": "M", "name": "thread_sort_index", "pid": 1, "tid": tid, "args": {"sort_index": tid}})
-        rows += [_chrome_event(event, tids[event.lane]) for event in self.events]
-        return {"traceEvents": rows, "displayTimeUnit": "ms", "otherData": {"notes": "; ".join(self.notes)}}
-
     def to_chrome_trace(self, path: str | Path) -> None:
-        write_whole(path, json.dumps(self.to_chrome()))
+        """Chrome trace JSON, which Perfetto opens and `read_recording` reads."""
+        # Here, because a recording is made of a trace's events, and can be made into a trace.
+        from ciuic_runtime.schedulers.chrome import write_recording
+        from ciuic_runtime.schedulers.recording import Recording
 
-
-def _chrome_event(event: Event, tid: int) -> dict[str, Any]:
-    # Rounding both ends to whole nanoseconds keeps neighbours from overlapping by a rounding error of the difference.
-    start, end = round(event.start * 1e9), round(event.end * 1e9)
-    args: dict[str, Any] = {"step": event.step, "phase": event.phase}
-    if event.nbytes:
-        args["bytes"] = event.nbytes
-    return {
-        "ph": "X", "name": event.task, "cat": event.kind, "pid": 1, "tid": tid,
-        "ts": start / 1000, "dur": (end - start) / 1000, "args": args,
-    }  # fmt: skip
+        write_recording(Recording.of(self), path)

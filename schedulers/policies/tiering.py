@@ -250,10 +250,13 @@ def _alike(graph: TaskGraph, tiers: Tiers, cost: CostModel, fixed: Fixed) -> dic
         found.setdefault(one, []).append(tuple(task.name for task in tasks))
     for task in (task for task in graph if task.num_experts):
         rates = _rates(task, {*tiers.room, *fixed.values()}, cost)
+        known: dict[tuple[str, float], PageClass] = {}
         for e, page in enumerate(task.pages):
-            rule = fixed.get(page.name, "")
-            one = _expert_class(task, e, {d: rates[d] for d in ([rule] if rule else tiers.room)}, cost)
-            found.setdefault(one, []).append((page.name,))
+            rule, liked = fixed.get(page.name, ""), task.popularity[e] if task.popularity else 0.0
+            if (rule, liked) not in known:
+                there = {d: rates[d] for d in ([rule] if rule else tiers.room)}
+                known[rule, liked] = _expert_class(task, e, there, cost)
+            found.setdefault(known[rule, liked], []).append((page.name,))
     return {replace(one, count=len(rows)): rows for one, rows in found.items()}
 
 
