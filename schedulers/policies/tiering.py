@@ -78,6 +78,7 @@ class Tiers:
     room: Mapping[str, float]  # device -> bytes, beside working memory; the GPU first
     bandwidth: Mapping[str, float]  # link or disk -> bytes/s
     slots: Mapping[str, int]  # device -> slots for what streams through it, if anything does
+    at_once: bool = False  # passes follow one another so closely that every device computes all the time
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def tiering(graph: TaskGraph, topology: Topology, cost: CostModel, fixed: Fixed 
     Where the CPU computes with pages from the disk it has a cache (`paging`), which all routed experts that it computes
     share; a GPU streams without one, and what comes from the disk does so by way of the host."""
     tiers = _tiers(topology, cost, graph, fixed)
-    alike = _alike(graph, tiers, cost, fixed)
+    alike = alike_pages(graph, tiers, cost, fixed)
     found = solve(list(alike), tiers)
     if found is None:
         raise _too_large(graph, tiers, alike)
@@ -107,7 +108,7 @@ def tiering(graph: TaskGraph, topology: Topology, cost: CostModel, fixed: Fixed 
 def tiering_bound(graph: TaskGraph, topology: Topology, cost: CostModel, fixed: Fixed = NOTHING) -> float:
     """Seconds per decode step that no tiering of whole pages can beat, in this model; infinite where nothing fits."""
     tiers = _tiers(topology, cost, graph, fixed)
-    return relax(list(_alike(graph, tiers, cost, fixed)), tiers)
+    return relax(list(alike_pages(graph, tiers, cost, fixed)), tiers)
 
 
 def relax(classes: Sequence[PageClass], tiers: Tiers) -> float:
@@ -146,9 +147,10 @@ class _Program:
         choices = [(every if i == 0 else (0, every[-1])) if used[i] else (0,) for i in range(len(used))]
         self.sizes = list(product(*choices))
         self.each = np.kron(np.eye(len(classes)), np.ones(len(tiers.options)))  # [classes, columns]
-        computes = [dict(c.seconds).get(o.device, 0.0) for c, o in columns]
+        together = [{d} for d in tiers.room] if tiers.at_once else [{o.device for o in tiers.options}]
+        computes = [[dict(c.seconds).get(o.device, 0.0) * (o.device in ds) for c, o in columns] for ds in together]
         reads = [[c.moved / rate * (way in o.route) for c, o in columns] for way, rate in tiers.bandwidth.items()]
-        self.loads = np.array([computes, *reads])  # [resources, columns], s
+        self.loads = np.array([*computes, *reads])  # [resources, columns], s
         held = [[c.nbytes * (o.home == d) + c.cache_bytes * (o.device == d) for c, o in columns] for d in tiers.room]
         self.held = np.array(held, dtype=float).reshape(len(tiers.room), len(columns))  # [devices, columns], bytes
         self.room = np.array(list(tiers.room.values()), dtype=float)
@@ -242,7 +244,9 @@ def _tiers(topology: Topology, cost: CostModel, graph: TaskGraph, fixed: Fixed) 
     )
 
 
-def _alike(graph: TaskGraph, tiers: Tiers, cost: CostModel, fixed: Fixed) -> dict[PageClass, list[tuple[str, ...]]]:
+def alike_pages(
+    graph: TaskGraph, tiers: Tiers, cost: CostModel, fixed: Fixed = NOTHING
+) -> dict[PageClass, list[tuple[str, ...]]]:
     """The classes, each with the rows of each of its pages or bundles, in the order of the graph."""
     found: dict[PageClass, list[tuple[str, ...]]] = {}
     for rule, tasks in _dense(graph, fixed):
