@@ -23,6 +23,7 @@ from ciuic_runtime.schedulers.trace import Event, EventKind, StepInfo, Trace
 
 HOST = "host"  # the lane of sampling
 ROUNDING = 1e-12  # of a task
+ALL = 0.95  # of a layer's experts: a pass that uses so many has all of the next layer's read ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,8 @@ class _Disk:
         policy, _ = cache_policy(paging.policy)
         rates = hit_rates(np.array([picks for _, picks in uses]), room, policy)
         self.there = {page.name: float(rate) for (page, _), rate in zip(uses, rates, strict=True)}  # routed experts
+        layers = [t for t in routed if t.pages[0].name in own]
+        self._ends = (layers[0], layers[-1]) if len(layers) > 1 else None
 
     def needs(self, op: Op, step: Step) -> tuple[float, float]:
         """Bytes that a pass needs of a task, and those of them that are expected to be read."""
@@ -82,10 +85,23 @@ class _Disk:
         if page.row_nbytes:
             rows = float(op.task.work(step.phase).rows(step) * page.row_nbytes)
             return rows, rows
-        if op.task.num_experts:
-            nbytes = _touched(op.task, step, op.experts) * page.nbytes
-            return nbytes, nbytes * self._missing(op, step.tokens)
-        return page.nbytes, (1 - self.stays) * page.nbytes
+        if not op.task.num_experts:
+            return page.nbytes, (1 - self.stays) * page.nbytes
+        nbytes = _touched(op.task, step, op.experts) * page.nbytes
+        missing = nbytes * self._missing(op, step.tokens)
+        if self._ends and op.task == self._ends[1] and self.scans(op.task, step):
+            missing += self._displaced(self._ends[0], step)
+        return nbytes, min(nbytes, missing)
+
+    def scans(self, task: Task, step: Step) -> bool:
+        """Whether the pass uses so many of a layer's experts that all of the next layer's are read ahead."""
+        return task.distinct_experts(step) >= ALL * task.num_experts
+
+    def _displaced(self, first: Task, step: Step) -> float:
+        """Bytes of experts that a pass over all of them reads although they were there: when it comes to the first
+        layer nothing has been used yet, so what is read there takes the place of what is used last."""
+        whole = Op(first, self.paging.device)
+        return first.distinct_experts(step) * first.pages[0].nbytes * self._missing(whole, step.tokens)
 
     def _missing(self, op: Op, tokens: int) -> float:
         """Of the routed experts that so many tokens touch, the share that is not there."""
@@ -270,14 +286,16 @@ class _Pass:
         return self.chain[0]
 
     def _paged(self, op: Op, seconds: float, disk: _Disk) -> None:
-        """Reads what is not there: routed experts from when they are guessed, `lookahead` layers earlier, other pages
-        from the task before, rows of tables when they are needed. What is there computes meanwhile."""
+        """Reads what is not there: routed experts from when they are guessed, `lookahead` layers earlier, or one layer
+        where all are read; other pages from the task before, rows of tables when they are needed. What is there
+        computes meanwhile."""
         needed, missing = disk.needs(op, self.step)
         missing = min(needed, missing * self.excess)
         asked = self.before if op.task.pages[0].row_nbytes else self.before_last
         if op.task.num_experts:
             self.layers.append(self.before)
-            asked = self.layers[max(0, len(self.layers) - 1 - disk.paging.lookahead)]
+            ahead = 1 if disk.scans(op.task, self.step) else disk.paging.lookahead
+            asked = self.layers[max(0, len(self.layers) - 1 - ahead)]
         if missing < 1:
             self._part(op, seconds)
             return
