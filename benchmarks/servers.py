@@ -51,12 +51,13 @@ def llama_server(program: Path, gguf: Path, shape: Shape, port: int) -> list[str
 
 
 @contextmanager
-def started(command: list[str], port: int) -> Iterator[Server]:
-    """The server, ready; it is stopped and waited for at the end, so that its processor time is known to be ours."""
+def started(command: list[str], port: int, asks: str = "/health") -> Iterator[Server]:
+    """The server, ready when it answers what is asked; it is stopped and waited for at the end, so that its processor
+    time is known to be ours."""
     with tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            _wait_until_ready(child, port)
+            _wait_until_ready(child, port, asks)
             yield Server(port, child.pid)
         except BaseException:
             log.seek(0)
@@ -71,13 +72,13 @@ def started(command: list[str], port: int) -> Iterator[Server]:
                 child.wait()
 
 
-def _wait_until_ready(child: subprocess.Popen[bytes], port: int) -> None:
+def _wait_until_ready(child: subprocess.Popen[bytes], port: int, asks: str) -> None:
     end = time.monotonic() + LONGEST_START
     while time.monotonic() < end:
         if child.poll() is not None:
             raise SystemExit(f"the server ended with code {child.returncode} before it was ready")
         try:
-            with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=5):
+            with urllib.request.urlopen(f"http://{HOST}:{port}{asks}", timeout=5):
                 return
         except OSError:  # not listening yet, or still loading (503)
             time.sleep(0.2)

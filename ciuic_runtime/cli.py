@@ -103,6 +103,9 @@ Address = Annotated[
     typer.Option("--address", metavar="HOST:PORT", help="of a Ray cluster; default: one of this machine's own"),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="join a cluster that asks for no token")]
+UseNewNodes = Annotated[
+    bool, typer.Option("--use-new-nodes", help="that join the cluster meanwhile, at once; else by ciuic replan")
+]
 Context = Annotated[int | None, typer.Option("--context", help="positions per sequence: prompt and new tokens")]
 
 
@@ -160,7 +163,10 @@ def plan(
 ) -> None:
     """Show the schedule for a model before anything is loaded."""
     import ciuic_runtime as ciuic
+    from ciuic_runtime.basis import Basis
     from ciuic_runtime.curves import load_calibration
+    from ciuic_runtime.schedulers.chrome import write_recording
+    from ciuic_runtime.schedulers.recording import Recording
 
     work = ciuic.Workload(prompt_tokens, max_tokens, batch)
     known = ciuic.Model(model, format)
@@ -171,11 +177,10 @@ def plan(
     if save:
         schedule.to_json(save)
     if trace or html:
-        calibration = load_calibration(known, schedule.topology)
-        cost = ciuic.CostModel(schedule.topology, known.format, calibration, work)
-        forecast = ciuic.simulate(schedule, known.graph, cost)
+        basis = Basis(known, schedule, load_calibration(known, schedule.topology))
+        forecast = basis.forecaster.trace()
         if trace:
-            forecast.to_chrome_trace(trace)
+            write_recording(replace(Recording.of(forecast), basis=basis.to_dict()), trace)
         if html:
             schedule.to_html(html, forecast, graph=known.graph)
     _result(as_json, schedule.to_dict(), lambda: str(schedule))
@@ -216,6 +221,7 @@ def run(
     stages: Stages = None,
     address: Address = None,
     insecure: Insecure = False,
+    use_new_nodes: UseNewNodes = False,
     trace: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE.json", help="write what happened as a Chrome trace")
     ] = None,
@@ -229,6 +235,7 @@ def run(
     from ciuic_runtime.models.checkpoint import open_checkpoint
     from ciuic_runtime.models.tokenizer import load_tokenizer
     from ciuic_runtime.report import run_report
+    from ciuic_runtime.schedulers.chrome import write_recording
     from ciuic_runtime.show import run_summary
 
     for file in filter(None, (trace, record_routing, html)):
@@ -248,6 +255,7 @@ def run(
         checkpoint, dtype=dtype, schedule=schedule, placement=placement, memory=memory, goal=goal, devices=devices,
         threads=threads, kernels=kernels, executor=executor, context=context, workload=work, cache_policy=cache_policy,
         lookahead=lookahead, io_threads=io_threads, routing=routing, stages=stages, address=address, insecure=insecure,
+        use_new_nodes=use_new_nodes,
     ) as llm:  # fmt: skip
         recorder = llm.record_routing() if record_routing else None
         outputs, interrupted = _generate(llm, ids, params, show=not as_json)
@@ -258,7 +266,7 @@ def run(
         if record_routing and recorder and recorder.anything:
             write_routing(recorder.routing(), record_routing)
         if trace:
-            llm.trace.to_chrome_trace(trace)
+            write_recording(llm.recording(), trace)
         if html:
             llm.schedule.to_html(html, llm.forecast_trace(), llm.trace, llm.model.graph)
         if as_json:
@@ -363,6 +371,7 @@ def serve(
     join_insecure: Annotated[
         bool, typer.Option("--join-insecure", help="join a Ray cluster that asks for no token")
     ] = False,
+    use_new_nodes: UseNewNodes = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer many users over HTTP, as OpenAI's API has it, with a page to talk to at /."""
@@ -388,7 +397,7 @@ def serve(
         checkpoint, dtype=dtype, schedule=schedule, placement=placement, memory=memory, goal=goal, devices=devices,
         threads=threads, kernels=kernels, context=context, max_num_seqs=max_num_seqs, cache_policy=cache_policy,
         lookahead=lookahead, io_threads=io_threads, routing=routing, serving=True, kv_tokens=kv_tokens,
-        executor=executor, stages=stages, address=address, insecure=join_insecure,
+        executor=executor, stages=stages, address=address, insecure=join_insecure, use_new_nodes=use_new_nodes,
     ) as llm:  # fmt: skip
         serve_model(llm, config, taken, ready)
 
@@ -741,7 +750,10 @@ def _ask() -> str:
         return ""
 
 
-from ciuic_runtime import cli_cluster  # noqa: E402, F401  its commands: launch, jobs, logs, stop
+from ciuic_runtime import (  # noqa: E402
+    cli_cluster,  # noqa: F401  its commands: launch, jobs, logs, stop, replan
+    cli_dashboard,  # noqa: F401  its command: dashboard
+)
 
 if __name__ == "__main__":
     from ciuic_runtime import cli  # under its own name, whose app has all commands

@@ -1,4 +1,4 @@
-"""The commands of `ciuic` for jobs on a cluster: launch, jobs, logs, stop.
+"""The commands of `ciuic` for jobs on a cluster: launch, jobs, logs, stop, replan.
 Knows options and streams, as `cli.py` does; what is sent to Ray is in `cluster/submit.py`."""
 
 from __future__ import annotations
@@ -100,6 +100,29 @@ def stop(id: JobId, address: Address = None, insecure: Insecure = False, as_json
 
     state = Jobs(address, insecure).stop(id)
     _result(as_json, {"schema_version": 1, **asdict(state)}, lambda: f"{state.id} {state.status}")
+
+
+@app.command()
+def replan(
+    id: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="of a job, or of another model that runs; default: all of them")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="HOST:PORT", help="of a Ray cluster; default: the one that runs here"),
+    ] = None,
+    insecure: Insecure = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Have models that run on a cluster look for nodes that joined, and use them where that is faster."""
+    from ciuic_runtime.cluster.asking import ask
+    from ciuic_runtime.devices.ray_session import join
+
+    if address and "://" in address:
+        raise InvalidInput(f"address {address!r} is a dashboard's; give the cluster's HOST:PORT, where nodes join it")
+    found = ask(join(address or "auto", insecure), id, _say)
+    document = {"schema_version": 1, "models": [asdict(answer) for answer in found]}
+    _result(as_json, document, lambda: "\n".join(f"{answer.id}: {answer.text}" for answer in found))
 
 
 @contextmanager

@@ -79,7 +79,8 @@ def _file() -> Path:
 
 
 def _key(device: DeviceSpec, kernels: str) -> str:
-    return f"{fingerprint(device)} | kernels {kernels} {__version__}"
+    """How much memory there is does not matter to how fast a kernel is."""
+    return f"{fingerprint(replace(device, memory_bytes=0))} | kernels {kernels} {__version__}"
 
 
 def _identity(curve: Curve) -> tuple[str, int, str, float]:

@@ -16,6 +16,7 @@ from ciuic_runtime.devices.threads import with_threads
 from ciuic_runtime.model import Model
 from ciuic_runtime.schedulers.calibration import Calibration
 from ciuic_runtime.schedulers.cost import CostModel
+from ciuic_runtime.schedulers.memory import node_of
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.scheduler import TaskScheduler
@@ -64,11 +65,14 @@ def plan(
 
 
 def with_disk(topology: Topology, path: str | Path) -> Topology:
-    """The topology with the disk under `path`, unless it has one: as fast as it is now for the reader that paging uses,
-    if that is a packed folder, else measured in general (or as measured before)."""
+    """The topology with the disk under `path`, unless it has one, or is of a cluster's nodes, whose disks are not here.
+    As fast as it is now for the reader that paging uses, if that is a packed folder, else measured in general (or as
+    measured before)."""
     if topology.by_kind("DISK"):
         return topology
     cpus = [d.name for d in topology.by_kind("CPU")]
+    if any(node_of(cpu) for cpu in cpus):
+        return topology
     disk, links = measured_disk(path, cpus, progress=lambda what: log.info("%s", what))
     from ciuic_runtime.memory.read_rate import read_rate  # loads torch, which most plans do without
 

@@ -58,28 +58,63 @@ def ray_topology(
 ) -> Topology:  # fmt: skip
     """All nodes' devices as one topology, `node0/cpu` and so on, node0 being the head. Raises CiuicError for a node
     that does not answer."""
-    ray, say = join(address, insecure), progress or (lambda what: None)
+    ray = join(address, insecure)
+    nodes = {f"node{i}": node["NodeID"] for i, node in enumerate(nodes_of(ray))}
+    return _looked_at(ray, None, nodes, measure, path, progress)
+
+
+def with_node(
+    ray: Any, known: Topology, name: str, node_id: str, measure: str = "cached", progress: Progress | None = None
+) -> Topology:
+    """What is known of a cluster, with the devices of one more of its nodes and the links between it and the others.
+    Raises CiuicError where a node does not answer."""
+    return _looked_at(ray, known, {name: node_id}, measure, None, progress)
+
+
+def node_ids(topology: Topology) -> dict[str, str]:
+    """By node's name, what Ray calls it."""
+    return {d.name.rpartition("/")[0]: str(d.facts[NODE_ID]) for d in topology.devices if NODE_ID in d.facts}
+
+
+def _looked_at(
+    ray: Any, known: Topology | None, new: dict[str, str], measure: str, path: str | Path | None,
+    progress: Progress | None,
+) -> Topology:  # fmt: skip
+    """Those of `new` beside what is known already; between two that are known, nothing is measured again."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = nodes_of(ray)
+    say, there = progress or (lambda what: None), {n["NodeID"]: n["NodeManagerAddress"] for n in nodes_of(ray)}
+    before = {name: i for name, i in (node_ids(known) if known else {}).items() if i in there}
+    parts = {name: _part(known, name) for name in before} if known else {}
     probe = ray.remote(num_cpus=0)(NodeProbe)
-    where = [NodeAffinitySchedulingStrategy(n["NodeID"], soft=False) for n in nodes]
-    probes = {f"node{i}": probe.options(scheduling_strategy=at).remote() for i, at in enumerate(where)}
+    probes = {
+        name: probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote()
+        for name, node_id in {**before, **new}.items()
+    }
     try:
-        parts: dict[str, Topology] = {}
-        for (name, one), node in zip(probes.items(), nodes, strict=True):
-            say(f"looking at {name} ({node['NodeManagerAddress']})")
-            found = _answer(ray, name, one.topology.remote(measure, None if path is None else str(path)))
-            parts[name] = _named(name, node["NodeID"], topology_from_dict(found, name))
+        for name, node_id in new.items():
+            say(f"looking at {name} ({there.get(node_id, 'gone')})")
+            found = _answer(ray, name, probes[name].topology.remote(measure, None if path is None else str(path)))
+            parts[name] = _named(name, node_id, topology_from_dict(found, name))
         links: list[Link] = []
         for a, b in combinations(probes, 2):
-            say(f"measuring the link between {a} and {b}")
-            links += _links(parts, a, b, *_measured(ray, a, b, probes[a], probes[b]))
+            if a in new or b in new:
+                say(f"measuring the link between {a} and {b}")
+                links += _links(parts, a, b, *_measured(ray, a, b, probes[a], probes[b]))
     finally:
         for one in probes.values():
             ray.kill(one)
-    devices = tuple(d for part in parts.values() for d in part.devices)
-    return Topology(devices, (*(x for part in parts.values() for x in part.links), *links))
+    whole = [known] if known else []
+    every = [*whole, *(parts[name] for name in new)]
+    return Topology(
+        tuple(d for part in every for d in part.devices),
+        (*(x for part in every for x in part.links), *links),
+        known.domains if known else (),
+    )
+
+
+def _part(known: Topology, node: str) -> Topology:
+    return known.only(d.name for d in known.devices if d.name.rpartition("/")[0] == node)
 
 
 def nodes_of(ray: Any) -> list[dict[str, Any]]:

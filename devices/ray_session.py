@@ -10,12 +10,14 @@ from typing import Any
 
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput
 
+ANSWER_SECONDS = 10.0
 OBJECT_STORE_BYTES = 100 << 20  # residual streams are small, and weights never go through it
 
 
-def import_ray() -> Any:
-    """Ray, told to ask for a token (its services listen on all interfaces). Raises InvalidInput where it is missing."""
-    os.environ["RAY_AUTH_MODE"] = "token"
+def import_ray(insecure: bool = False) -> Any:
+    """Ray, told to ask for a token (its services listen on all interfaces), as it reads when it is imported first;
+    `insecure`: only if this process knows one. Raises InvalidInput where it is missing."""
+    os.environ["RAY_AUTH_MODE"] = "disabled" if insecure and not has_token() else "token"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls that were given up
@@ -31,20 +33,19 @@ def import_ray() -> Any:
 
 def join(address: str | None, insecure: bool = False) -> Any:
     """Ray, joined to the cluster at `address` (None: one of this machine's own). Raises CiuicError where there is none,
-    InvalidInput where a cluster of elsewhere would be joined without a token."""
-    ray = import_ray()
+    InvalidInput where there is no token, or the cluster asks for none."""
+    ray = import_ray(insecure and address is not None)
     if ray.is_initialized():
         return ray
     known = has_token()
-    if address is not None and not known:
-        if not insecure:
-            raise InvalidInput(
-                f"the cluster at {address} would be joined without a token, so that anybody could; make one with `ray "
-                "get-auth-token --generate` on its head, copy it to every node, or give --insecure"
-            )
-        os.environ["RAY_AUTH_MODE"] = "disabled"
+    if address is not None and not known and not insecure:
+        raise InvalidInput(
+            f"the cluster at {address} would be joined without a token, so that anybody could; make one with `ray "
+            "get-auth-token --generate` on its head, copy it to every node, or give --insecure"
+        )
     if address is None and not known:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    _say_on_stderr(ray)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
@@ -53,7 +54,41 @@ def join(address: str | None, insecure: bool = False) -> Any:
     except Exception as error:
         where = f"the cluster at {address}" if address else "a Ray cluster on this machine"
         raise CiuicError(f"{where} could not be reached: {error}; is it running, and is the token its own?") from error
+    gcs = ray.get_runtime_context().gcs_address
+    if address is not None and not insecure and not asks_for_token(gcs):
+        ray.shutdown()
+        raise InvalidInput(
+            f"the cluster at {gcs} asks for no token, so that anybody can use it; start it with RAY_AUTH_MODE=token on "
+            "every node, or give --insecure"
+        )
     return ray
+
+
+def _say_on_stderr(ray: Any) -> None:
+    """What Ray says of the cluster, such as that a worker died, it prints on stdout, where results belong; there is no
+    setting for it."""
+    worker = ray._private.worker
+    printed = worker.print_to_stdstream
+    if getattr(printed, "on_stderr", False):
+        return
+
+    def on_stderr(data: dict[str, Any], ignore_prefix: bool) -> None:
+        printed({**data, "is_err": True}, ignore_prefix)
+
+    on_stderr.on_stderr = True  # type: ignore[attr-defined]
+    worker.print_to_stdstream = on_stderr
+
+
+def asks_for_token(gcs: str) -> bool:
+    """Whether the head that listens at this address lets nobody in without one: it is asked a question without."""
+    import grpc
+
+    with grpc.insecure_channel(gcs, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=ANSWER_SECONDS)
+        except grpc.RpcError as error:
+            return bool(error.code() is not grpc.StatusCode.UNIMPLEMENTED)  # then it heard us out
+    return False
 
 
 def has_token() -> bool:

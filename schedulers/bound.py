@@ -45,12 +45,11 @@ def _every_way(graph: TaskGraph, topology: Topology, cost: CostModel, at_once: b
         for home in (*room, *(d.name for d in topology.by_kind("DISK"))):
             if home == device or not can_stream(topology, home, device):
                 continue
-            route = (f"{home} -> {device}",)
-            bandwidth[route[0]] = topology.link(home, device).bandwidth
-            if topology.device(home).kind == "DISK":
-                route = (*route, home)
+            link, on_disk = f"{home} -> {device}", topology.device(home).kind == "DISK"
+            bandwidth[link] = topology.link(home, device).bandwidth
+            if on_disk:
                 bandwidth[home] = _fastest_read(topology, home, list(room))
-            options.append(Option(device, home, route))
+            options.append(Option(device, home, (link, home) if on_disk else (link,)))
     return Tiers(tuple(options), room, bandwidth, {}, at_once)
 
 

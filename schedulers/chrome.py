@@ -4,7 +4,7 @@ Knows the format; what has no place in it goes under `otherData`, so that nothin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,21 @@ from ciuic_runtime.devices.files import write_whole
 from ciuic_runtime.schedulers.graph import PHASES, Step
 from ciuic_runtime.schedulers.reading import read_as, shown
 from ciuic_runtime.schedulers.recording import (
-    COLUMNS, EVICT, KINDS, MEMORY, NONE, Mark, PassNote, Recording, RequestNote,
-)  # fmt: skip
+    COLUMNS,
+    EVICT,
+    KINDS,
+    MEMORY,
+    NONE,
+    Mark,
+    PageCounts,
+    PassNote,
+    Recording,
+    RequestNote,
+)
 from ciuic_runtime.schedulers.trace import StepInfo
 
 SCHEMA_VERSION = 1
+LATEST = 2.0**52  # us
 ENGINE, REQUESTS = 1, 2  # processes in the file
 WRITE_ONE = "`ciuic run MODEL --trace FILE` and `ciuic plan MODEL --trace FILE` write one"
 
@@ -63,7 +73,7 @@ def read_recording(path: str | Path) -> Recording:
 
 
 def nanoseconds(seconds: Any) -> Any:
-    """Whole ones. Both ends of an event are rounded, so that neighbours do not overlap by an error of the difference."""
+    """Whole ones. Both ends of an event are rounded: neighbours do not overlap by an error of the difference."""
     return np.rint(np.asarray(seconds, dtype=float) * 1e9).astype(np.int64)
 
 
@@ -130,12 +140,12 @@ def _marks(recording: Recording) -> Iterator[str]:
 
 
 def _requests(recording: Recording) -> Iterator[str]:
-    """Spans of what is known; what has not ended goes on until the recording ends."""
+    """Spans of what is known, as far as they lie in the recording; what has not ended goes on until that ends."""
     for tid, r in enumerate(recording.requests, 1):
         ended = max(r.arrived, recording.seconds) if r.ended is None else r.ended
         reached = [at for at in (r.arrived, r.admitted, r.first_token) if at is not None]
         for name, start, end in zip(("queued", "prefill", "decode"), reached, (*reached[1:], ended), strict=False):
-            at, to = nanoseconds((start, max(start, end))).tolist()
+            at, to = nanoseconds((max(0.0, start), max(0.0, start, end))).tolist()
             yield json.dumps({
                 "ph": "X", "name": name, "cat": "request", "pid": REQUESTS, "tid": tid, "ts": at / 1000,
                 "dur": (to - at) / 1000, "args": {"request": r.request},
@@ -163,6 +173,8 @@ def _beside(recording: Recording) -> dict[str, Any]:
         "notes": list(recording.notes),
         "began": recording.began,
         "basis": recording.basis,
+        "pages": {name: asdict(counts) for name, counts in recording.pages.items()},
+        "expert_uses": {task: list(uses) for task, uses in recording.expert_uses.items()},
     }
 
 
@@ -181,12 +193,15 @@ def _recording(events: Any, beside: dict[str, Any], path: str) -> Recording:
     if source not in ("simulated", "measured"):
         raise InvalidInput(f"{path}: source is {shown(source)}; it must be simulated or measured")
     names: dict[str, int] = {}
-    rows = _rows(events, lanes, names)
+    rows, first, steps = _rows(events, lanes, names), _whole(beside["first_step"]), [_step(r) for r in beside["steps"]]
+    if first < 0 or (steps and not ((first <= rows["step"]) & (rows["step"] < first + len(steps))).all()):
+        raise ValueError("an event is of no step")
     return Recording(
-        rows, list(names), [_step(row) for row in beside["steps"]], _whole(beside["first_step"]),
-        [_pass(row) for row in beside["passes"]], read(tuple[RequestNote, ...], "requests"),
-        read(tuple[Mark, ...], "marks"), capacity, source, read(tuple[str, ...], "devices"),
+        rows, list(names), steps, first, [_pass(row) for row in beside["passes"]],
+        read(tuple[RequestNote, ...], "requests"), read(tuple[Mark, ...], "marks"), capacity, source,
+        read(tuple[str, ...], "devices"),
         read(tuple[str, ...], "notes"), read(float | None, "began"), basis,
+        read(Mapping[str, PageCounts], "pages"), read(Mapping[str, tuple[int, ...]], "expert_uses"),
     )  # fmt: skip
 
 
@@ -215,10 +230,12 @@ def _rows(events: Sequence[Any], lanes: Sequence[str], names: dict[str, int]) ->
         lane, nbytes = lane_numbers[tid], args.get("bytes", 0)
         found.append((number(what), lane, step, kind, nbytes, start, took, NONE if cause is None else number(cause)))
     rows = np.array(found, COLUMNS)
+    if not ((np.abs(rows["start"]) < LATEST) & (rows["end"] >= 0) & (rows["end"] < LATEST)).all():
+        raise ValueError("an event has no time that can be")
+    if (rows["lane"] == NONE).any() or (np.diff(rows["step"]) < 0).any():
+        raise ValueError("an event has no lane, or steps are not in order")
     start, took = np.rint(rows["start"] * 1000), np.rint(rows["end"] * 1000)
     rows["start"], rows["end"] = start / 1e9, (start + took) / 1e9
-    if not np.isfinite(rows["end"]).all() or (took < 0).any() or (rows["lane"] == NONE).any():
-        raise ValueError("an event has no time or no lane")
     return rows
 
 

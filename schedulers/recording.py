@@ -14,9 +14,10 @@ from ciuic_runtime.schedulers.trace import Event, EventKind, StepInfo, Trace
 
 MarkKind = Literal["lost", "replanned", "recovered", "joined"]
 # `kind` of a row is a place in this list. Of "memory", nbytes are what is in use on the lane's device from `start` on,
-# and the task says for what ("weight pages", "KV cache"); of "evict", the task is the page that left.
+# and the task says for what (WEIGHTS, CACHE); of "evict", the task is the page that left.
 KINDS = ("compute", "copy", "sample", "wait", "read", "memory", "evict")
 COMPUTE, COPY, SAMPLE, WAIT, READ, MEMORY, EVICT = range(len(KINDS))
+WEIGHTS, CACHE = "weight pages", "KV cache"  # what memory is used for
 NONE = -1
 COLUMNS = np.dtype(
     [
@@ -67,6 +68,17 @@ class Mark:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class PageCounts:
+    """Of one page that is moved between tiers, since the recording began."""
+
+    uses: int
+    hits: int  # uses that found it in memory; for the others it was read, ahead of time or not
+    reads: int
+    waited_s: float  # by passes, where it was the page that came last
+    resident: bool  # now
+
+
 @dataclass(frozen=True)
 class Recording:
     """A snapshot: what comes later is in the next one."""
@@ -84,10 +96,12 @@ class Recording:
     notes: Sequence[str] = ()
     began: float | None = None  # unix time, s
     basis: Mapping[str, Any] | None = None  # JSON: what its forecasts are made with (ciuic_runtime/basis.py)
+    pages: Mapping[str, PageCounts] = field(default_factory=dict)  # by name, where they are moved between tiers
+    expert_uses: Mapping[str, Sequence[int]] = field(default_factory=dict)  # task -> tokens that used each expert
 
     @staticmethod
     def of(trace: Trace) -> Recording:
-        """A trace's events and steps."""
+        """A trace's events, in order of steps."""
         numbers: dict[str, int] = {}
 
         def number(name: str) -> int:
@@ -98,7 +112,7 @@ class Recording:
                 number(e.task), number(e.lane), e.step, KINDS.index(e.kind), e.nbytes, e.start, e.end,
                 number(e.cause) if e.cause else NONE,
             )
-            for e in trace.events
+            for e in sorted(trace.events, key=lambda e: e.step)
         ]  # fmt: skip
         return Recording(
             np.array(rows, COLUMNS), list(numbers), trace.steps, source=trace.source, devices=trace.devices,

@@ -101,6 +101,7 @@ class Residency:
         self.pinned = [False] * len(pages)
         self.pinned_nbytes = 0
         self.minimum = largest_needed(pages)  # bytes below which no pass can be made
+        self.num_uses, self.num_hits = [0] * len(pages), [0] * len(pages)  # by page
         self._fresh = [False] * len(pages)  # read since its last use
         self._place = np.array([p.place for p in pages], dtype=np.int64)
         self._routed = np.array([p.routed for p in pages], dtype=bool)
@@ -363,6 +364,8 @@ class Residency:
         counts, routed = self.counts, self.pages[page].routed
         counts.misses += miss
         counts.hits += not miss
+        self.num_uses[page] += 1
+        self.num_hits[page] += not miss
         counts.routed_misses += routed and miss
         counts.routed_hits += routed and not miss
         self.use.last[page] = self.step

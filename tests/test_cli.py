@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 
+from ciuic_runtime.basis import Basis
 from ciuic_runtime.ops.native import instruction_set
+from ciuic_runtime.schedulers.chrome import read_recording
+from ciuic_runtime.schedulers.recording import Recording
 
 PLAN_FIELDS = {"schema_version", "workload", "model", "devices", "assignments", "predicted", "candidates"}
 RUN_FIELDS = {
@@ -61,6 +64,8 @@ def test_plan_text_and_files(ciuic, tmp_path: Path, here_toml: Path, tiny_v3: Pa
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
     assert {e["args"]["phase"] for e in events} == {"prefill", "decode"}
     assert sum(e["name"] == "head" for e in events) == 4  # one prefill and three decode steps
+    basis = Basis.from_dict(read_recording(trace).basis, "trace.json")
+    assert Recording.of(basis.forecaster.trace()).seconds == pytest.approx(read_recording(trace).seconds)
 
 
 def test_run_json_has_what_the_contract_promises(ciuic, here_toml: Path, tiny_v3: Path, tmp_path: Path) -> None:
@@ -86,6 +91,9 @@ def test_run_json_has_what_the_contract_promises(ciuic, here_toml: Path, tiny_v3
     assert forecast["error"] == pytest.approx(forecast["actual"] / forecast["forecast"] - 1)
     spans = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
     assert {e["args"]["step"] for e in spans if e["name"] == "layers.2.experts"} == {0, 1, 2, 3, 4}
+    recording = read_recording(trace)
+    assert [note.requests for note in recording.passes] == [((0, 5),), *[((0, 1),)] * 4]
+    assert Basis.from_dict(recording.basis, "trace.json").schedule.to_dict() == report["schedule"]
 
 
 def test_run_streams_text_to_stdout_and_figures_to_stderr(ciuic, here_toml: Path, smollm2: Path) -> None:

@@ -13,28 +13,33 @@ from pathlib import Path
 
 import torch
 
+from ciuic_runtime.cluster.asking import Mailbox, name_of_this_run
+from ciuic_runtime.cluster.growth import Choice, nodes_used
+from ciuic_runtime.cluster.losses import Losses
+from ciuic_runtime.cluster.newcomers import Newcomers
 from ciuic_runtime.cluster.runner import PlacedStage, RayRunner
 from ciuic_runtime.cluster.stage_worker import StagePlan
+from ciuic_runtime.cluster.watch import Watch
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput, OutOfMemory
-from ciuic_runtime.devices.ray_nodes import NODE_ID
+from ciuic_runtime.devices.ray_nodes import NODE_ID, node_ids
 from ciuic_runtime.devices.ray_session import import_ray, join
 from ciuic_runtime.engine.config import RuntimeConfig
 from ciuic_runtime.engine.engine import StageLost
+from ciuic_runtime.engine.recorder import Recorder
 from ciuic_runtime.engine.setup import Setup
 from ciuic_runtime.memory.hierarchy import MemoryHierarchy
 from ciuic_runtime.models.batch import Chunk
 from ciuic_runtime.schedulers.graph import Phase, Step
-from ciuic_runtime.schedulers.memory import node_of
 from ciuic_runtime.schedulers.pipeline import stage_threads
 from ciuic_runtime.schedulers.policies.mixing import PassTimes
+from ciuic_runtime.schedulers.recording import PageCounts
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.stages import Stage, stages_of
-from ciuic_runtime.schedulers.trace import Trace
 
 log = logging.getLogger("ciuic")
 
-MOST_LOSSES = 50  # in the life of a model; then something else is wrong
-CHANCES = 2  # for a node to start a stage again after a loss
+MOST_LOSSES = 50  # of all nodes in an hour; then something else is wrong
+CHANCES = 2  # for a node to start a stage again after a loss, in an hour
 
 
 class ClusterHost:
@@ -51,11 +56,16 @@ class ClusterHost:
         self.ray = join(config.address, config.insecure)
         self._notes: list[str] = []
         self._lost_nodes: set[str] = set()
-        self._losses: Counter[str] = Counter()  # of stages, by node
+        self._given_up: dict[str, str] = {}  # of these, nodes that are there: names by Ray's id
+        self._losses = Losses()  # of stages
+        self._newcomers = Newcomers(self.ray)
+        self._found: tuple[Setup, Choice] | None = None  # by the watch, for a plan that it looked at
+        self._watch: Watch | None = None
         try:
             stages = self._placed(setup.schedule)
             depth = config.micro_batches or len(stages)
             self.runner: RayRunner = RayRunner(self.ray, stages, depth, self._forecast(), progress)
+            self._watch = self._watching()
         except BaseException:
             self._leave()
             raise
@@ -66,7 +76,7 @@ class ClusterHost:
 
     def _placed(self, schedule: Schedule) -> list[PlacedStage]:
         graph = self._setup.model.graph
-        stages = stages_of(schedule, graph, None if self._lost_nodes else self._config.stages)
+        stages = stages_of(schedule, graph, self._setup.config.stages)
         on_node = Counter(stage.node for stage in stages)
         return [self._place(stage, on_node[stage.node]) for stage in stages]
 
@@ -88,7 +98,9 @@ class ClusterHost:
             self._num_blocks, setup.kernels, threads, config.cache_policy, config.lookahead, config.io_threads,
             config.paged,
         )  # fmt: skip
-        return PlacedStage(plan, stage.node, node_id, min(float(threads), offered / on_node))
+        first, last = (stage.schedule.device_of(stage.graph.tasks[i].name) for i in (0, -1))
+        cores = min(float(threads), offered / on_node)
+        return PlacedStage(plan, stage.node, node_id, cores, first, last, on_node > 1)
 
     # Losses
 
@@ -102,7 +114,7 @@ class ClusterHost:
         except BaseException:
             self.runner.close()
             raise
-        self.runner.forecast = self._forecast()
+        self._fit_runner()
         where = f", planned again in {planned:.2f} s without {', '.join(sorted(self._lost_nodes))}" if planned else ""
         took = time.perf_counter() - begin
         self._notes.append(f"{'; '.join(dict.fromkeys(map(str, found)))}{where}; going on after {took:.2f} s")
@@ -117,14 +129,15 @@ class ClusterHost:
             for one in now:
                 log.warning("%s", one)
             found += now
-            self._losses.update(one.node for one in now)
+            for one in now:
+                self._losses.add(one.node, time.monotonic())
             seconds = self._plan_without_lost_nodes(lost)
             if seconds is None:
                 tries.update(one.index for one in now)
             else:
                 planned += seconds
                 tries.clear()
-            if max(tries.values(), default=0) > CHANCES or self._losses.total() > MOST_LOSSES:
+            if max(tries.values(), default=0) > CHANCES or self._losses.total(time.monotonic()) > MOST_LOSSES:
                 raise lost
             try:
                 stages = self._placed(self._setup.schedule)
@@ -136,9 +149,10 @@ class ClusterHost:
     def _plan_without_lost_nodes(self, lost: StageLost) -> float | None:
         """Seconds that it took; None where every node that has a stage is there and has not had its chances."""
         setup, alive = self._setup, {n["NodeID"] for n in self.ray.nodes() if n["Alive"]}
-        ids = {node_of(d.name): d.facts[NODE_ID] for d in setup.topology.devices if NODE_ID in d.facts}
-        gone = {node for node, node_id in ids.items() if node_id not in alive or self._losses[node] > CHANCES}
-        if not gone & {node_of(name) for name in setup.schedule.places_used()}:
+        ids = node_ids(setup.topology)
+        tired = {node for node in ids if self._losses.of(node, time.monotonic()) > CHANCES}
+        gone = tired | {node for node, node_id in ids.items() if node_id not in alive}
+        if not gone & nodes_used(setup.schedule):
             return None
         if gone == set(ids):
             raise CiuicError(f"{lost}; no node is left to go on with")
@@ -150,23 +164,110 @@ class ClusterHost:
             what = f"{lost}; what is left ({left}) cannot hold the model: {error}"
             raise OutOfMemory(what, need=error.need, free=error.free, capacity=error.capacity) from error
         self._lost_nodes |= gone
+        self._given_up |= {ids[node]: node for node in tired}
         return time.perf_counter() - begin
+
+    # Nodes that join
+
+    def _watching(self) -> Watch | None:
+        """None where it is not known which of Ray's nodes the plan has."""
+        ids = node_ids(self._setup.topology)
+        if self._config.address is None or not ids:
+            if self._config.use_new_nodes:
+                raise InvalidInput(
+                    "new nodes cannot be used beside devices of which it is not known on which of Ray's nodes they "
+                    "are; take those of DeviceManager.from_ray(address)"
+                )
+            return None
+        mailbox = Mailbox(self.ray, name_of_this_run(), {"model": self._setup.model.spec.name, "nodes": sorted(ids)})
+        return Watch(self._look, mailbox, self._config.use_new_nodes)
+
+    def _look(self, asked: bool) -> tuple[bool, str]:
+        """In the watch's thread: whether the next pass goes by another plan, and what was seen."""
+        now, known = self._setup, sorted(node_ids(self._setup.topology))
+        if self._found is not None and self._found[0] is now:
+            return self._found[1].moves, self._found[1].why  # for the next pass
+        choice = self._newcomers.look(now, asked, self._lost_nodes, bool(self._lost_nodes), self._unfit)
+        if choice is not None:
+            self._found = now, choice
+            goes_on = "the next pass goes by it" if choice.moves else "it stays as it is"
+            return choice.moves, f"{choice.why}; {goes_on}"
+        refused = "".join(f"; {why}" for why in self._newcomers.refused.values())
+        return False, f"there is no node that the plan does not know: {', '.join(known)}{refused}"
+
+    def _unfit(self, node_id: str) -> str | None:
+        node = self._given_up.get(node_id)
+        count = self._losses.of(node, time.monotonic()) if node is not None else 0
+        return f"{node} lost {count} stages in the last hour" if count > CHANCES else None
+
+    def replanned(self) -> Setup | None:
+        """Moves to the plan that the watch found, if that is still about the one that is carried out."""
+        found, self._found = self._found, None
+        if found is None or found[0] is not self._setup:
+            return None
+        if not found[1].moves:
+            self._setup = found[1].setup  # a loss may need what is known now
+            return None
+        return self._moved(self._setup, found[1])
+
+    def _moved(self, before: Setup, choice: Choice) -> Setup:
+        """Where that fails, the plan before goes on."""
+        begin, new = time.perf_counter(), nodes_used(choice.setup.schedule) - nodes_used(before.schedule)
+        joined = ", ".join(sorted(new))
+        try:
+            lost = {one.index for one in self.runner.take_stock()}
+            self._setup = choice.setup
+            self.runner.begin_stages(self._placed(choice.setup.schedule), lost, self._progress)
+            self._notes.append(f"{joined} joined: {choice.why}; going on after {time.perf_counter() - begin:.2f} s")
+        except CiuicError as error:
+            ids = node_ids(choice.setup.topology)
+            self._newcomers.refused |= {ids[node]: f"{node} failed: {error}" for node in new}
+            self._notes.append(f"{joined} joined, and could not be used: {error}; going on by the plan before")
+            self._setup = before
+            try:
+                self.runner.begin_stages(self._placed(before.schedule), (), self._progress)
+            except StageLost as another:
+                return self.recover(another)
+            except BaseException:
+                self.runner.close()
+                raise
+        self._fit_runner()
+        log.warning("%s", self._notes[-1])
+        return self._setup
+
+    def _fit_runner(self) -> None:
+        """To the plan that is carried out from now on."""
+        self.runner.forecast = self._forecast()
+        self.runner.depth = self._config.micro_batches or len(self.runner.stages)
 
     # What every host does
 
     def logits(self, chunks: Sequence[Chunk], phase: Phase) -> torch.Tensor:
         return self.runner.logits(chunks, phase)
 
-    def num_events(self) -> int:
-        return len(self.runner.steps) * len(self._setup.model.graph.tasks)
+    @property
+    def recorder(self) -> Recorder:
+        return self.runner.gathered.recorder
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return self._notes
+
+    def gather(self, wait: bool = False) -> None:
+        self.runner.gather(wait)
+
+    def keep_newest(self, most: int) -> None:
+        self.runner.keep_newest(most)
+
+    def page_counts(self) -> dict[str, PageCounts]:
+        return self.runner.gathered.page_counts()
+
+    def expert_uses(self) -> dict[str, list[int]]:
+        return self.runner.gathered.expert_uses()
 
     def clear_trace(self) -> None:
         self._notes.clear()
         self.runner.clear_trace()
-
-    def trace(self, devices: Sequence[str], notes: Sequence[str]) -> Trace:
-        events, infos = self.runner.trace()
-        return Trace(tuple(events), tuple(infos), "measured", tuple(devices), (*notes, *self._notes))
 
     def peak_memory_bytes(self) -> dict[str, int]:
         return self.runner.peak_memory_bytes()
@@ -182,6 +283,8 @@ class ClusterHost:
 
     def close(self) -> None:
         """Ends the stages, and the cluster where it was started here."""
+        if self._watch is not None:
+            self._watch.close()
         self.runner.close()
         self._leave()
 

@@ -68,6 +68,7 @@ class Job:
     cache_policy: str | None = None
     lookahead: int | None = None
     restarts: int = 0  # after failures, with what is done kept
+    use_new_nodes: bool = False  # that join while it runs; else when `ciuic replan` asks
 
     @property
     def results(self) -> str:
@@ -134,7 +135,7 @@ def settings_of(job: Job) -> dict[str, Any]:
         "dtype": job.format, "goal": job.goal, "placement": job.placement, "memory": dict(job.memory),
         "max_model_len": job.context, "max_num_seqs": job.max_num_seqs, "stages": job.stages,
         "micro_batches": job.micro_batches, "threads": job.threads, "cache_policy": job.cache_policy,
-        "lookahead": job.lookahead,
+        "lookahead": job.lookahead, "use_new_nodes": job.use_new_nodes,
     }  # fmt: skip
 
 
@@ -282,6 +283,7 @@ _JOB_KEYS: dict[str, Key] = {
     "cache_policy": checked('the name of a cache policy, such as "lfu"', cache_policy),
     "lookahead": whole(0, MOST_LOOKAHEAD, "layers"),
     "restarts": whole(0, MOST_RESTARTS, "restarts"),
+    "use_new_nodes": FLAG,
 }
 _TASK_KEYS: dict[str, dict[str, Key]] = {
     "generate": {

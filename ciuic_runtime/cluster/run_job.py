@@ -91,19 +91,21 @@ class Driver:
     def _open(self, settings: dict[str, Any]) -> LLM:
         hw = DeviceManager.from_ray(self.address, insecure=self.insecure, progress=_say)
         job = self.job
-        if self.restarts and job.placement:
-            job = replace(job, placement=rules_left(job.placement, hw.topology))
+        if self.restarts:
+            job = left_of(job, hw.topology)
         return LLM(
             job.model, devices=hw, executor="ray", address=self.address, insecure=self.insecure,
             **{**settings_of(job), **settings},
         )  # fmt: skip
 
 
-def rules_left(rules: Placement, topology: Topology) -> Placement | None:
-    """Without those that name only nodes that are gone."""
+def left_of(job: Job, topology: Topology) -> Job:
+    """Without the rules and budgets that name only nodes that are gone."""
     there = {node_of(d.name) for d in topology.devices}
-    left = tuple(r for r in rules.rules if any("/" not in on or node_of(on) in there for on in r.on))
-    return Placement(left) if left else None
+    rules = job.placement.rules if job.placement else ()
+    left = tuple(r for r in rules if any("/" not in on or node_of(on) in there for on in r.on))
+    memory = {device: size for device, size in job.memory.items() if node_of(device) in there}
+    return replace(job, placement=Placement(left) if left else None, memory=memory)
 
 
 def why(error: BaseException) -> str:

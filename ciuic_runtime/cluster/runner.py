@@ -8,11 +8,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ciuic_runtime.cluster.gathering import Gathered, StageRecord
+from ciuic_runtime.cluster.seats import NoRoom, Seats
 from ciuic_runtime.cluster.stage_worker import StagePlan, StageWorker
 from ciuic_runtime.devices.errors import CiuicError
 from ciuic_runtime.engine.batching import Pass
@@ -20,13 +22,14 @@ from ciuic_runtime.engine.draw import Draw, Drawn, draw_all
 from ciuic_runtime.engine.engine import StageLost
 from ciuic_runtime.models.batch import Chunk
 from ciuic_runtime.schedulers.graph import Phase, Step
-from ciuic_runtime.schedulers.trace import Event, StepInfo
+from ciuic_runtime.schedulers.lanes import HOST
 
 log = logging.getLogger("ciuic")
 
 LEAST_DEADLINE = 20.0  # s, for a pass; a deadline is as many times its forecast:
 PATIENCE = 20.0
 START_SECONDS = 600.0  # for a stage to load its weights
+ALIVE_SECONDS = 1.0  # between looks whether the nodes of stages that load are there
 FETCH_SECONDS = 5.0  # for what is ready to come here
 
 # What Ray raises where a process or a node is gone, or what they held.
@@ -44,6 +47,20 @@ class PlacedStage:
     node: str  # as the schedule calls it; "" for the only one
     node_id: str | None  # Ray's; None: anywhere
     cores: float  # of those that Ray counts
+    first: str = "cpu"  # devices that compute its first task and its last one, as the stage calls them
+    last: str = "cpu"
+    shares: bool = False  # its node with other stages
+
+    @property
+    def index(self) -> int:
+        return self.plan.index
+
+    def lane(self, name: str) -> str:
+        """What a lane of the stage's own is called among those of all stages, as `pipeline_of` calls its devices."""
+        where = f"{self.node}/stage{self.index}".removeprefix("/") if self.shares else self.node
+        if not where or name == HOST:
+            return name
+        return " -> ".join(f"{where}/{device}" for device in name.split(" -> "))
 
     def named(self, device: str) -> str:
         return f"{self.node}/{device}" if self.node else device
@@ -55,8 +72,8 @@ class _OnItsWay:
     draws: Sequence[Draw] | None  # that are left to the driver
     refs: list[Any]  # by stage
     number: int  # of those sent
-    begun: float  # wall time, s
-    deadline: float  # of this process's clock, s
+    begun: float  # of this process's clock, s, as is
+    deadline: float
     step: Step
 
 
@@ -71,13 +88,13 @@ class RayRunner:
         self.ray, self.depth, self.forecast = ray, depth, forecast
         self.stages: list[PlacedStage] = []
         self._actors: list[Any] = []
+        self._seats = Seats(ray)
         self._loads: list[Any] = []  # calls of each stage that bring its weights
         self._way: deque[_OnItsWay] = deque()
         self._most_patience = 0.0  # s, of the passes so far
-        self.steps: list[tuple[Step, float, float]] = []  # with wall times, s
+        self.gathered = Gathered()
         self._sent = 0
-        self._step_of: dict[int, int] = {}  # of the passes sent, where among the steps those are that came to their end
-        self._events: list[Event] = []  # of before the last loss, at wall times
+        self._asked: tuple[int, list[Any]] | None = None  # what stages recorded before that pass, and their calls
         try:
             self.begin_stages(stages, (), progress)
         except BaseException:
@@ -92,38 +109,58 @@ class RayRunner:
         self.abandon()
         there = zip(self.stages, self._actors, self._loads, strict=True)
         kept = {s: (a, load) for i, (s, a, load) in enumerate(there) if i not in lost and s in stages}
-        for stage, actor in zip(self.stages, self._actors, strict=True):
-            if stage not in kept:
-                self._kill(actor)
+        try:
+            self._reserve(stages, kept)
+        except NoRoom:
+            if not kept:
+                raise
+            kept = {}  # they may hold a group of which they need a part only
+            self._reserve(stages, kept)
         running = [kept[s] if s in kept else self._start(s) for s in stages]
         self.stages, self._actors, self._loads = list(stages), [a for a, _ in running], [load for _, load in running]
         self._wait_until_loaded(progress or (lambda done, total: None))
 
-    def take_stock(self, lost: StageLost) -> list[StageLost]:
-        """All stages that are lost, one of which is known to be; what the others recorded so far is kept here."""
+    def _reserve(self, stages: Sequence[PlacedStage], kept: Collection[PlacedStage]) -> None:
+        """Ends all others, and has seats for the stages."""
+        for stage, actor in zip(self.stages, self._actors, strict=True):
+            if stage not in kept:
+                self._kill(actor)
+        self._seats.reserve(stages, kept)
+
+    def take_stock(self, lost: StageLost | None = None) -> list[StageLost]:
+        """All stages that are lost, one of which may be known to be; what the others recorded so far is kept here."""
         self.abandon()
-        self._kill(self._actors[lost.index])  # others may wait for it
-        asked = {}
+        found = [lost] if lost else []
+        if lost:
+            self._kill(self._actors[lost.index])  # others may wait for it
+        asked: dict[int, Any] = {}
+        self._asked = None
         for i, (actor, load) in enumerate(zip(self._actors, self._loads, strict=True)):
-            if i != lost.index and self.ray.wait([load], timeout=0, fetch_local=False)[0]:
-                asked[i] = actor.trace.remote()
-                actor.clear_trace.remote()
-        found, limit = [lost], time.monotonic() + max(LEAST_DEADLINE, self._most_patience)
+            if not (lost and i == lost.index) and self.ray.wait([load], timeout=0, fetch_local=False)[0]:
+                asked[i] = actor.recorded.remote(self.gathered.since, self._sent)
+        records: list[StageRecord | None] = [None] * len(self._actors)
+        limit = time.monotonic() + max(LEAST_DEADLINE, self._most_patience)
         for i, ref in asked.items():
             try:
                 self._get(self._loads[i], i, FETCH_SECONDS)
-                self._events += self._placed_events(i, self._get(ref, i, max(0.0, limit - time.monotonic())))
+                records[i] = self._get(ref, i, max(0.0, limit - time.monotonic()))
             except StageLost as another:
                 found.append(another)
+        self.gathered.take(self._sent, self.stages, records)
         return found
 
     def _start(self, stage: PlacedStage) -> tuple[Any, Any]:
         actor = self.ray.remote(StageWorker).options(**self._options(stage)).remote(stage.plan)
-        return actor, actor.load.remote()
+        load = actor.load.remote()
+        if (most := self.gathered.recorder.most) is not None:
+            actor.keep_newest.remote(most)
+        return actor, load
 
     def _options(self, stage: PlacedStage) -> dict[str, Any]:
         options: dict[str, Any] = {"num_cpus": stage.cores, "max_restarts": 0, "max_task_retries": 0}
-        if stage.node_id is not None:
+        if (seat := self._seats.strategy(stage)) is not None:
+            options["scheduling_strategy"] = seat
+        elif stage.node_id is not None:  # which is gone, as Ray will say
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(stage.node_id, soft=False)
@@ -134,11 +171,21 @@ class RayRunner:
         ready = {load: i for i, load in enumerate(self._loads)}
         left = list(ready)
         while left:
-            done, left = self.ray.wait(left, num_returns=1, timeout=max(0.0, limit - time.monotonic()))
+            done, left = self.ray.wait(left, num_returns=1, timeout=ALIVE_SECONDS)
             if not done:
-                raise self._lost(ready[left[0]], f"it was not ready within {START_SECONDS:.0f} s")
+                self._check_nodes([ready[load] for load in left])
+                if time.monotonic() > limit:
+                    raise self._lost(ready[left[0]], f"it was not ready within {START_SECONDS:.0f} s")
+                continue
             self._get(done[0], ready[done[0]], None)
             progress(len(ready) - len(left), len(ready))
+
+    def _check_nodes(self, starting: Sequence[int]) -> None:
+        """Raises StageLost for a stage whose node is gone: Ray waits for its seat to come back."""
+        alive = {n["NodeID"] for n in self.ray.nodes() if n["Alive"]}
+        for index in starting:
+            if self.stages[index].node_id not in (None, *alive):
+                raise self._lost(index, "its node is gone")
 
     # Passes
 
@@ -153,13 +200,17 @@ class RayRunner:
     def end(self) -> tuple[Pass, list[Drawn]]:
         one, result = self._receive()
         assert one.todo is not None, "this pass had no requests"
-        return one.todo, result if one.draws is None else draw_all(one.draws, _logits(result, one.todo.chunks))
+        drawn = result if one.draws is None else draw_all(one.draws, _logits(result, one.todo.chunks))
+        self.gathered.ended(one.number, one.step, one.begun)
+        return one.todo, drawn
 
     def logits(self, chunks: Sequence[Chunk], phase: Phase) -> torch.Tensor:
         """Of one pass by itself, float32 [rows wanted, vocab]."""
         assert not self._way, "passes are on their way"
         self._send(None, chunks, phase, (), here=True)
-        return _logits(self._receive()[1], chunks)
+        one, result = self._receive()
+        self.gathered.ended(one.number, one.step, one.begun)
+        return _logits(result, chunks)
 
     def abandon(self) -> None:
         """What is on its way is not waited for; the stages still compute it before what comes then."""
@@ -176,7 +227,7 @@ class RayRunner:
         hidden = None
         for actor in self._actors:
             drawn = list(draws) if actor is self._actors[-1] and not here else None
-            hidden = actor.run.remote(list(chunks), phase, hidden, drawn)
+            hidden = actor.run.remote(list(chunks), phase, hidden, drawn, self._sent)
             refs.append(hidden)
         spans = [(c.position, len(c.token_ids)) for c in chunks]
         step = Step.of(phase, spans, sum(bool(c.sample) for c in chunks))
@@ -185,7 +236,7 @@ class RayRunner:
         patience *= len(self._way) + 1
         self._most_patience = max(self._most_patience, patience)
         left, deadline = (draws if here else None), time.monotonic() + patience
-        self._way.append(_OnItsWay(todo, left, refs, self._sent, time.time(), deadline, step))
+        self._way.append(_OnItsWay(todo, left, refs, self._sent, time.perf_counter(), deadline, step))
         self._sent += 1
 
     def _receive(self) -> tuple[_OnItsWay, Any]:
@@ -198,8 +249,6 @@ class RayRunner:
             self.abandon()
             raise
         self._way.popleft()
-        self._step_of[one.number] = len(self.steps)
-        self.steps.append((one.step, one.begun, time.time()))
         return one, result
 
     def _get(self, ref: Any, index: int, seconds: float | None, chain: Sequence[Any] = ()) -> Any:
@@ -243,36 +292,31 @@ class RayRunner:
 
     def clear_trace(self) -> None:
         """Stages carry calls out in their order, so nobody waits for this; one that is lost is noticed by a pass."""
-        self.steps.clear()
-        self._step_of.clear()
-        self._events.clear()
+        self._asked = None
+        self.gathered.clear(self._sent)
         for actor in self._actors:
             actor.clear_trace.remote()
 
-    def trace(self) -> tuple[list[Event], list[StepInfo]]:
-        """What the stages that are there recorded, on one axis."""
-        if not self.steps:
-            return [], []
-        begin, events = self.steps[0][1], list(self._events)
-        for index, passes in enumerate(self._ask("trace")):
-            events += self._placed_events(index, passes or [])
-        events = [replace(e, start=e.start - begin, end=e.end - begin) for e in events]
-        infos, before = [], begin
-        for s, at, end in self.steps:  # timed from the end of the one before, if that was on its way too
-            infos.append(StepInfo(s.phase, s.tokens, s.sequences, max(at, before) - begin, end - begin, s))
-            before = end
-        return events, infos
+    def keep_newest(self, most: int) -> None:
+        """Of events, here and in each stage."""
+        self.gathered.recorder.most = most
+        for actor in self._actors:
+            actor.keep_newest.remote(most)
 
-    def _placed_events(self, index: int, passes: Sequence[Sequence[Event]]) -> list[Event]:
-        """Of a stage's last passes, those that came to their end: at wall times, on the whole schedule's devices."""
-        stage, events = self.stages[index], []
-        for number, one in enumerate(passes, self._sent - len(passes)):
-            if (step := self._step_of.get(number)) is None:
-                continue
-            for e in one:
-                lane = e.lane if e.kind == "sample" else " -> ".join(map(stage.named, e.lane.split(" -> ")))
-                events.append(replace(e, lane=lane, step=step))
-        return events
+    def gather(self, wait: bool = False) -> None:
+        """Between passes: takes what stages were asked for the last time and have answered, and asks for what came
+        since. If it may `wait`, for everything."""
+        if self._asked is not None:
+            until, refs = self._asked
+            if not wait and self.ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[1]:
+                return
+            self._asked = None
+            self.gathered.take(until, self.stages, self._answers(refs))
+        until = self._sent - len(self._way)
+        if until > self.gathered.since:
+            self._asked = until, [actor.recorded.remote(self.gathered.since, until) for actor in self._actors]
+            if wait:
+                self.gather(wait)
 
     def peak_memory_bytes(self) -> dict[str, int]:
         """By device; of a device that several stages use, the sum. Of stages that are there."""
@@ -284,7 +328,9 @@ class RayRunner:
 
     def _ask(self, what: str) -> list[Any]:
         """What each stage answers; None of one that is lost, which the next pass will notice, too."""
-        refs = [getattr(actor, what).remote() for actor in self._actors]
+        return self._answers([getattr(actor, what).remote() for actor in self._actors])
+
+    def _answers(self, refs: Sequence[Any]) -> list[Any]:
         limit, answers = time.monotonic() + max(LEAST_DEADLINE, self._most_patience), []
         for index, ref in enumerate(refs):
             try:
@@ -304,6 +350,7 @@ class RayRunner:
         for actor in self._actors:
             self._kill(actor)
         self.stages, self._actors, self._loads = [], [], []
+        self._seats.close()
 
     def _kill(self, actor: Any) -> None:
         with contextlib.suppress(Exception):  # it may be gone already

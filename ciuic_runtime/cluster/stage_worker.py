@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ciuic_runtime.cluster.gathering import StageRecord
 from ciuic_runtime.engine.config import RuntimeConfig
 from ciuic_runtime.engine.draw import Draw, Drawn, draw_all
 from ciuic_runtime.engine.host import LocalHost
@@ -22,7 +24,6 @@ from ciuic_runtime.ops.native import REFERENCE, instruction_set
 from ciuic_runtime.schedulers.graph import Phase
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.stages import part_of
-from ciuic_runtime.schedulers.trace import Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +67,14 @@ class StageWorker:
         )
         self._hidden, self._dtype = model.spec.hidden_size, self._host.executor.handed_on
 
-    def run(self, chunks: Sequence[Chunk], phase: Phase, hidden: bytes | None, draws: Sequence[Draw] | None) -> Any:
-        """One pass: bytes of the residual stream [tokens, hidden], in the dtype that the local executor holds it in, or
-        of the last stage's logits; or, given `draws`, the tokens that are drawn."""
+    def run(
+        self, chunks: Sequence[Chunk], phase: Phase, hidden: bytes | None, draws: Sequence[Draw] | None, number: int
+    ) -> Any:
+        """One pass, under the number by which it was sent: bytes of the residual stream [tokens, hidden], in the dtype
+        that the local executor holds it in, or of the last stage's logits; or, given `draws`, the tokens that are
+        drawn."""
         batch, executor = make_batch(chunks), self._host.executor
+        self._host.recorder.number_of_pass = number
         received = None
         if hidden is not None:
             flat = torch.frombuffer(bytearray(hidden), dtype=torch.uint8).view(self._dtype)
@@ -90,13 +95,23 @@ class StageWorker:
     def clear_trace(self) -> None:
         self._host.clear_trace()
 
-    def trace(self) -> list[tuple[Event, ...]]:
-        """By pass, with times of this node's clock (s since 1970)."""
+    def keep_newest(self, most: int) -> None:
+        self._host.keep_newest(most)
+
+    def recorded(self, since: int, until: int) -> StageRecord:
+        """Of the passes that were sent under these numbers, with times of this node's clock (s since 1970)."""
         recorder = self._host.recorder
-        trace = recorder.trace(())
+        numbers = recorder.passes()
+        first, last = bisect_left(numbers, since), bisect_left(numbers, until)
+        found = recorder.snapshot(recorder.first_step + first, recorder.first_step + last)
         begin = time.time() - (time.perf_counter() - recorder.begin)
-        passes: list[list[Event]] = [[] for _ in trace.steps]
-        for e in trace.events:
-            at, end = begin + e.start, begin + e.end
-            passes[e.step].append(Event(e.task, e.lane, at, end, e.step, e.phase, e.kind, e.nbytes))
-        return [tuple(events) for events in passes]
+        rows = found.rows
+        rows["step"] -= found.first_step
+        rows["start"] += begin
+        rows["end"] += begin
+        each = self._hidden * self._dtype.itemsize
+        return StageRecord(
+            rows, list(found.names), numbers[first:last], [begin + info.start for info in found.steps],
+            [begin + info.end for info in found.steps], [each * info.tokens for info in found.steps],
+            self._host.page_counts(), self._host.expert_uses(),
+        )  # fmt: skip

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ciuic_runtime.cluster.asking import JOB_ID
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput
 from ciuic_runtime.devices.ray_session import has_token, import_ray
 
@@ -72,18 +73,21 @@ class Jobs:
     def __init__(self, address: str | None, insecure: bool = False) -> None:
         """`address`: HOST:PORT of the cluster, or the URL of its dashboard; None: the one that runs on this machine.
         Raises InvalidInput for one that would be joined without a token, CiuicError where there is none."""
-        import_ray()
-        if not has_token():
-            if not insecure:
-                raise InvalidInput(
-                    "jobs would be sent without a token, so that anybody could; copy the token from the cluster's head "
-                    "(~/.ray/auth_token, or RAY_AUTH_TOKEN), or give --insecure"
-                )
-            os.environ["RAY_AUTH_MODE"] = "disabled"
+        import_ray(insecure)
+        if not has_token() and not insecure:
+            raise InvalidInput(
+                "jobs would be sent without a token, so that anybody could; copy the token from the cluster's head "
+                "(~/.ray/auth_token, or RAY_AUTH_TOKEN), or give --insecure"
+            )
         from ray.job_submission import JobSubmissionClient
 
         logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)  # it tells of every connection
         self.url, self._insecure = _dashboard(address), insecure
+        if not insecure and _asked(self.url) == 200:
+            raise InvalidInput(
+                f"the cluster at {self.url} takes jobs from anybody, without a token; start it with "
+                "RAY_AUTH_MODE=token on every node, or give --insecure"
+            )
         given = address is not None and "://" not in address and self.url != f"http://{address}"
         self._gcs = address if given else None
         os.environ["RAY_API_SERVER_ADDRESS"] = self.url  # Ray prefers its variables to what it is given
@@ -101,10 +105,11 @@ class Jobs:
         entry = [sys.executable, "-m", "ciuic_runtime.cluster.run_job", *(["--insecure"] if self._insecure else [])]
         if self._gcs:  # Ray tells its drivers the address of the cluster that was started last on their machine
             entry += ["--address", self._gcs]
+        id = f"{slug}-{secrets.token_hex(3)}"
         with self._asking("the job was not taken"):
             found = self._client.submit_job(
-                entrypoint=shlex.join(entry), submission_id=f"{slug}-{secrets.token_hex(3)}",
-                runtime_env={"env_vars": {JOB: document}}, metadata={"name": job.name, "kind": job.kind},
+                entrypoint=shlex.join(entry), submission_id=id,
+                runtime_env={"env_vars": {JOB: document, JOB_ID: id}}, metadata={"name": job.name, "kind": job.kind},
             )  # fmt: skip
         return str(found)
 
@@ -251,13 +256,18 @@ def _dashboard(address: str | None) -> str:
 
 def answers(url: str) -> bool:
     """Whether a dashboard is there; one that asks for a token is."""
+    return _asked(url) in (200, 401, 403)
+
+
+def _asked(url: str) -> int | None:
+    """What a dashboard says to who has no token; None: nobody is there, or somebody else."""
     try:
-        with urllib.request.urlopen(f"{url}/api/version", timeout=ANSWER_SECONDS):
-            return True
+        with urllib.request.urlopen(f"{url}/api/version", timeout=ANSWER_SECONDS) as answer:
+            return int(answer.status)
     except urllib.error.HTTPError as error:
-        return error.code in (401, 403)
-    except (OSError, ValueError, http.client.HTTPException):  # nobody, or somebody else
-        return False
+        return error.code
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
 
 
 def _line(error: BaseException) -> str:

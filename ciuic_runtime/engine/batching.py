@@ -180,6 +180,7 @@ class Batching:
 
     def _preempt(self, request: Request) -> None:
         self.preemptions += 1
+        request.preemptions += 1
         self.running.remove(request)
         self.blocks.release(request.blocks)
         request.blocks, request.computed = [], 0

@@ -33,6 +33,7 @@ class RuntimeConfig:
     micro_batches: int | None = None  # passes on their way through the stages at once; None: one for each stage
     address: str | None = None  # of the Ray cluster; None: one of this machine's own, for this run
     insecure: bool = False  # a cluster without a token is joined
+    use_new_nodes: bool = False  # that join the cluster while the model runs; else when `ciuic replan` asks
     cache_policy: str | None = None  # which routed experts stay in memory; None: the schedule's
     lookahead: int | None = None  # layers ahead that routed experts are guessed and read; None: the schedule's
     io_threads: int | None = None  # that read pages from disk
@@ -47,6 +48,8 @@ class RuntimeConfig:
             raise InvalidInput(f"executor {self.executor!r} is not one of {', '.join(EXECUTORS)}")
         if self.executor == "local" and (self.stages or 1) > 1:
             raise InvalidInput(f"{self.stages} stages are processes of a cluster; give --executor ray for them")
+        if self.use_new_nodes and (self.executor == "local" or self.address is None):
+            raise InvalidInput("nodes join a cluster; to use new ones, give --executor ray and its --address")
         for name, most in (
             ("max_model_len", 2**31),
             ("max_num_seqs", 2**20),

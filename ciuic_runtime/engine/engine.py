@@ -12,7 +12,8 @@ from ciuic_runtime.devices.errors import CiuicError
 from ciuic_runtime.engine.batching import Batching, Pass
 from ciuic_runtime.engine.draw import Draw, Drawn, draw_all, draws_of
 from ciuic_runtime.engine.executor import LocalExecutor
-from ciuic_runtime.engine.request import Request, Update
+from ciuic_runtime.engine.journal import Journal
+from ciuic_runtime.engine.request import FinishReason, Request, Update
 from ciuic_runtime.models.batch import make_batch
 
 
@@ -70,7 +71,7 @@ class LocalRunner:
 
 class Engine:
     def __init__(self, runner: Runner, batching: Batching) -> None:
-        self.runner, self.batching = runner, batching
+        self.runner, self.batching, self.journal = runner, batching, Journal()
         batching.depth = runner.depth
         self._begun = 0  # passes on their way
 
@@ -80,12 +81,14 @@ class Engine:
 
     def add(self, request: Request) -> None:
         self.batching.add(request)
+        self.journal.arrived(request)
 
-    def cancel(self, request: Request) -> bool:
+    def cancel(self, request: Request, reason: FinishReason = "interrupted") -> bool:
         """Not while `step` runs; whether it was still there. Its blocks are free now, or when its pass has ended."""
         there = self.batching.cancel(request)
         if there:
-            request.finish("interrupted")
+            request.finish(reason)
+            self.journal.ended(request)
         return there
 
     def step(self) -> tuple[Pass | None, list[Update]]:
@@ -93,6 +96,7 @@ class Engine:
         the caller, and its requests are still there."""
         try:
             while self._begun < self.runner.depth and (todo := self.batching.next_pass()) is not None:
+                self.journal.begun(todo)
                 self.runner.begin(todo, draws_of(todo))
                 self._begun += 1
             if not self._begun:
@@ -105,18 +109,22 @@ class Engine:
         self._begun -= 1
         self.batching.computed(done)
         updates = self._updates(done, drawn)
-        self.batching.release_finished()
+        batching = self.batching
+        self.journal.passed(done, len(batching.running), len(batching.waiting), batching.blocks.num_used)
+        batching.release_finished()
         return done, updates
 
     def restart(self) -> None:
         """What was on its way and what was cached is lost; all that ran catches up from its tokens."""
         self._abandon()
+        self.batching.depth = self.runner.depth
         self.batching.restart()
 
     def reset(self) -> None:
         """Everything is forgotten, wherever an exception may have struck."""
         self._abandon()
         self.batching.reset()
+        self.journal.all_ended("interrupted")
 
     def _abandon(self) -> None:
         self._begun = 0

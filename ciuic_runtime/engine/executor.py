@@ -14,8 +14,9 @@ import torch
 
 from ciuic_runtime.devices.backend import Backend
 from ciuic_runtime.devices.cpu import parse_cpu_list
+from ciuic_runtime.engine.expert_uses import ExpertUses
 from ciuic_runtime.engine.paged import Ahead, Guess, PagedExperts, PagedFunction, PagedTable
-from ciuic_runtime.engine.recorder import READ, SAMPLE, WAIT, Recorder
+from ciuic_runtime.engine.recorder import Recorder
 from ciuic_runtime.engine.weights import load_native, load_tensors
 from ciuic_runtime.memory.hierarchy import MemoryHierarchy
 from ciuic_runtime.memory.kv_cache import KVCache
@@ -29,6 +30,7 @@ from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.ops.custom import Replacements
 from ciuic_runtime.ops.native import REFERENCE, operators
 from ciuic_runtime.schedulers.graph import Phase, Step, Task, TaskGraph
+from ciuic_runtime.schedulers.recording import COPY, EVICT, MEMORY, READ, SAMPLE, WAIT, WEIGHTS
 from ciuic_runtime.schedulers.schedule import Schedule
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -51,6 +53,7 @@ class _Instruction:
     paged: PagedFunction | None = None  # in place of `function`, where its page lies in a slot
     paged_experts: PagedExperts | None = None  # in place of `experts`
     routes: PagedExperts | None = None  # of a router: those that it chooses from
+    uses: ExpertUses | None = None  # of a router, counted where its choice is in the host's memory anyway
     ahead: Ahead | None = None  # what is read ahead from here
     inputs: tuple[tuple[str, str], ...] = ()  # (task, device) of the values that it takes
     last_use: tuple[tuple[str, str], ...] = ()  # values that nobody reads after this
@@ -82,6 +85,7 @@ class LocalExecutor:
         self.memory, self.lookahead = memory, lookahead
         self.on_routing: Callable[[int, torch.Tensor], None] | None = None  # layer, expert ids [tokens, k]
         self.touched: list[int] = []  # distinct experts that each layer used in the pass
+        self.expert_uses: dict[str, ExpertUses] = {}  # by task
         self.graph, self.schedule, self.backends, self.recorder = graph, schedule, backends, recorder
         self.native, self.threads = kernels != REFERENCE, threads
         self.replaced = replaced or Replacements()
@@ -141,6 +145,8 @@ class LocalExecutor:
                 self.memory.end_step(phase, batch.num_tokens, complete)
             if not complete:
                 self.recorder.abandon_step()
+        if self.memory is not None:
+            self._sample_memory(self.memory)
         self.recorder.end_step(self._as_step(batch, phase), begin)
         return logits
 
@@ -157,7 +163,10 @@ class LocalExecutor:
         return torch.float32 if self.native else self.dtype
 
     def read(self, page: str, nbytes: int, start: float, end: float) -> None:
-        """Records a page's way from disk, on the first lane that is not busy meanwhile."""
+        """Records a page's way from disk, on the first lane that is not busy meanwhile. What ended before the recording
+        began is not of it."""
+        if end <= self.recorder.begin:
+            return
         start = max(start, self.recorder.begin)
         free = (i for i, busy_until in enumerate(self._read_lanes) if busy_until <= start)
         lane = next(free, len(self._read_lanes))
@@ -165,6 +174,16 @@ class LocalExecutor:
         assert self.memory is not None
         name = f"disk -> {self.memory.device}" + (f" ({lane + 1})" if lane else "")
         self.recorder.add(self.recorder.number(page), self.recorder.number(name), start, end, READ, nbytes)
+
+    def evicted(self, page: str) -> None:
+        """Records that a page has left."""
+        assert self.memory is not None
+        now, number = time.perf_counter(), self.recorder.number
+        self.recorder.add(number(page), number(self.memory.device), now, now, EVICT)
+
+    def _sample_memory(self, memory: MemoryHierarchy) -> None:
+        now, number = time.perf_counter(), self.recorder.number
+        self.recorder.add(number(WEIGHTS), number(memory.device), now, now, MEMORY, memory.state.used)
 
     def _sample(self, sampler: Callable[[torch.Tensor], None], logits: torch.Tensor) -> None:
         start = time.perf_counter()
@@ -184,6 +203,7 @@ class LocalExecutor:
         """Loads every page where the schedule has it and binds the tasks, in the graph's order."""
         total, done = sum(r.nbytes for r in self.schedule.assignments), 0
         last = {name: task.name for task in self.graph for name in task.after}
+        experts_of = {task.after[1]: task for task in self.graph if task.num_experts}  # by router
         program = []
         for task in self.graph:
             device = self.schedule.device_of(task.name)
@@ -199,6 +219,9 @@ class LocalExecutor:
                 page = task.pages[0].name
                 function = forward.function(task, self._load([page], device)[page])
             instruction = _Instruction(task, device, backend, number, lane, function, inputs=inputs, last_use=last_use)
+            experts = experts_of.get(task.name)
+            if experts is not None and backend.host_memory:
+                instruction.uses = self.expert_uses[experts.name] = ExpertUses(experts.num_experts)
             if self.memory is not None:
                 self._bind_slots(instruction)
             elif task.num_experts:
@@ -209,7 +232,7 @@ class LocalExecutor:
             program.append(instruction)
         if self.memory is not None:
             self._bind_ahead(program)
-            self.memory.on_read = self.read
+            self.memory.on_read, self.memory.on_evict = self.read, self.evicted
             self.memory.begin_reading(progress)
         return program
 
@@ -316,7 +339,10 @@ class _Run:
         """A router has chosen: ids [tokens, k]."""
         if i.routes is not None:
             i.routes.ask(ids)
-        self.x.touched.append(ids.shape[1] if len(ids) == 1 else len(np.unique(ids.cpu().numpy())))
+        if i.uses is not None:
+            self.x.touched.append(i.uses.add(ids))
+        else:
+            self.x.touched.append(ids.shape[1] if len(ids) == 1 else len(np.unique(ids.cpu().numpy())))
         if self.x.on_routing is not None:
             assert i.task.layer is not None
             self.x.on_routing(i.task.layer, ids)
@@ -366,13 +392,14 @@ class _Run:
         return result
 
     def _waited(self, i: _Instruction, act: Callable[[], Any]) -> Any:
-        """What `act` returns; if it had to wait for a page, that is recorded."""
+        """What `act` returns; if it had to wait for a page, that is recorded, and for which."""
         memory = self.x.memory
         assert memory is not None
         before, start = memory.stalled, time.perf_counter()
         result = act()
         if memory.stalled != before:
-            self.x.recorder.add(i.number, i.lane, start, time.perf_counter(), WAIT)
+            came = self.x.recorder.number(memory.came_last)
+            self.x.recorder.add(i.number, i.lane, start, time.perf_counter(), WAIT, cause=came)
         return result
 
     def _look_ahead(self, i: _Instruction, ahead: Ahead) -> None:
@@ -416,7 +443,7 @@ class _Run:
         copier.copy(moved, value)
         copier.synchronize()
         end = time.perf_counter()
-        self.x.recorder.add(number, self.x.recorder.number(f"{src} -> {dst}"), start, end, 1, value.nbytes)
+        self.x.recorder.add(number, self.x.recorder.number(f"{src} -> {dst}"), start, end, COPY, value.nbytes)
         return moved
 
     def _launch(self, i: _Instruction, device: str, function: Callable[..., Any], *args: Any) -> Any:

@@ -4,7 +4,7 @@ Knows a schedule, whole or of one stage; requests are the engine's business."""
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -23,8 +23,8 @@ from ciuic_runtime.ops.custom import Replacements
 from ciuic_runtime.ops.native import REFERENCE
 from ciuic_runtime.schedulers.graph import Phase, TaskGraph
 from ciuic_runtime.schedulers.memory import memory_need
+from ciuic_runtime.schedulers.recording import PageCounts
 from ciuic_runtime.schedulers.schedule import Schedule
-from ciuic_runtime.schedulers.trace import Trace
 
 DEFAULT_LOOKAHEAD = 2
 
@@ -42,11 +42,29 @@ class Host(Protocol):
     def logits(self, chunks: Sequence[Chunk], phase: Phase) -> torch.Tensor:
         """Of the rows that are wanted of one pass, float32 [rows, vocab]."""
 
-    def num_events(self) -> int: ...
+    @property
+    def recorder(self) -> Recorder:
+        """What is known here of the passes that ended."""
 
-    def clear_trace(self) -> None: ...
+    @property
+    def notes(self) -> Sequence[str]:
+        """What befell the passes that were recorded."""
 
-    def trace(self, devices: Sequence[str], notes: Sequence[str]) -> Trace: ...
+    def gather(self, wait: bool = False) -> None:
+        """Has the recorder know what other processes recorded: all of it if it may `wait`, else what was asked for the
+        last time. In the thread that runs passes, between two of them."""
+
+    def keep_newest(self, most: int) -> None:
+        """So many events are kept from now on."""
+
+    def page_counts(self) -> Mapping[str, PageCounts]:
+        """Of pages that are moved between tiers."""
+
+    def expert_uses(self) -> Mapping[str, Sequence[int]]:
+        """By task: tokens that used each expert. Of routers that choose in the host's memory."""
+
+    def clear_trace(self) -> None:
+        """Forgets all of that."""
 
     def peak_memory_bytes(self) -> dict[str, int]: ...
 
@@ -54,6 +72,10 @@ class Host(Protocol):
 
     def recover(self, lost: StageLost) -> Setup:
         """Makes good a loss; what is carried out from now on. What was cached is gone."""
+
+    def replanned(self) -> Setup | None:
+        """Between passes: what is carried out from now on, where more nodes are there for it; what was cached is gone
+        then."""
 
     def close(self) -> None: ...
 
@@ -65,7 +87,8 @@ class LocalHost:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:  # fmt: skip
         """Loads the graph's pages. `kernels` and `threads` as they were found for `config`."""
-        self.recorder = Recorder()
+        self.recorder: Recorder = Recorder()
+        self.notes: Sequence[str] = ()
         names = schedule.devices_used()
         self.backends = {name: open_backend(schedule.topology.device(name), schedule.topology) for name in names}
         self.memory: MemoryHierarchy | None = self._open_memory(model, graph, schedule, checkpoint, config, kernels)
@@ -98,16 +121,25 @@ class LocalHost:
     def logits(self, chunks: Sequence[Chunk], phase: Phase) -> torch.Tensor:
         return self.executor.step(make_batch(chunks), phase).clone()
 
-    def num_events(self) -> int:
-        return self.recorder.num_events
+    def gather(self, wait: bool = False) -> None:
+        """It is all here."""
+
+    def keep_newest(self, most: int) -> None:
+        self.recorder.most = most
+
+    def page_counts(self) -> dict[str, PageCounts]:
+        return self.memory.page_counts() if self.memory is not None else {}
+
+    def expert_uses(self) -> dict[str, list[int]]:
+        return {task: uses.counts() for task, uses in self.executor.expert_uses.items()}
 
     def clear_trace(self) -> None:
         self.recorder.clear()
+        for uses in self.executor.expert_uses.values():
+            uses.clear()
         if self.memory is not None:
             self.memory.report.clear()
-
-    def trace(self, devices: Sequence[str], notes: Sequence[str]) -> Trace:
-        return self.recorder.trace(devices, notes)
+            self.memory.clear_counts()
 
     def peak_memory_bytes(self) -> dict[str, int]:
         """By device: for CPUs the process's peak resident memory (the system's figure), else what was allocated."""
@@ -121,10 +153,13 @@ class LocalHost:
             return
         self.logits([Chunk((0, 0), 0, (0,), prompt=True)], "prefill")
         self.logits([Chunk((0,), 2, (0,), prompt=False)], "decode")
-        self.recorder.clear()
+        self.clear_trace()
 
     def recover(self, lost: StageLost) -> Setup:
         raise lost  # there is one process here
+
+    def replanned(self) -> Setup | None:
+        return None
 
     def close(self) -> None:
         self.executor.close()

@@ -7,6 +7,7 @@ import itertools
 import operator
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 
+from ciuic_runtime.basis import Basis
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput
 from ciuic_runtime.devices.manager import DeviceManager
 from ciuic_runtime.devices.spec import Topology
@@ -21,6 +23,7 @@ from ciuic_runtime.engine.batching import Batching, Pass
 from ciuic_runtime.engine.config import RuntimeConfig
 from ciuic_runtime.engine.engine import Engine, StageLost
 from ciuic_runtime.engine.host import Host, LocalHost
+from ciuic_runtime.engine.recorded import Facts, put_together
 from ciuic_runtime.engine.request import Request, RequestOutput, Update
 from ciuic_runtime.engine.routing import RoutingRecorder
 from ciuic_runtime.engine.sampling import SamplingParams
@@ -38,6 +41,7 @@ from ciuic_runtime.schedulers.comparison import Comparison
 from ciuic_runtime.schedulers.graph import PHASES, Phase
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.policies.mixing import Mixing, PassTimes, Size
+from ciuic_runtime.schedulers.recording import WEIGHTS, Recording
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Workload, cache_tokens
@@ -73,6 +77,7 @@ class Settings(TypedDict, total=False):
     micro_batches: int | None
     address: str | None
     insecure: bool
+    use_new_nodes: bool
 
 
 class LLM:
@@ -103,6 +108,8 @@ class LLM:
         self.engine = Engine(self._host.runner, self._batching(num_blocks, config))
         self._tokenizer: Tokenizer | None = None
         self._closed = False
+        self._facts: Facts | None = None  # of the schedule that is carried out
+        self.on_look: Callable[[], None] | None = None  # where passes run in another thread, which is told
         self._host.warm_up()
         self.load_s = time.perf_counter() - begin  # from opening the checkpoint until ready for prompts
 
@@ -173,7 +180,7 @@ class LLM:
         requests = self._requests(prompts, params)
         self._check_idle()
         self._forecast(requests)
-        self._host.clear_trace()
+        self._clear_trace()
         try:
             for request in requests:
                 self.engine.add(request)
@@ -189,15 +196,30 @@ class LLM:
                     request.finish("interrupted")
 
     def step(self) -> tuple[Pass | None, list[Update]]:
-        """The engine's next pass. Where a stage of a cluster is lost, what is left goes on from the tokens so far."""
-        try:
-            return self.engine.step()
-        except StageLost as lost:
-            self._setup = self._host.recover(lost)
-            self.schedule = self._setup.schedule
-            self.__dict__.pop("pass_times", None)  # of the plan before
-            self.engine.restart()
+        """The engine's next pass. Where a stage of a cluster is lost, what is left goes on from the tokens so far, and
+        so do all of them where nodes joined that are used from now on."""
+        journal = self.engine.journal
+        if (setup := self._host.replanned()) is not None:
+            journal.mark("joined", self._host.notes[-1])
+            self._go_on_with(setup)
             return None, []
+        try:
+            done = self.engine.step()
+        except StageLost as lost:
+            journal.mark("lost", str(lost))
+            self._go_on_with(self._host.recover(lost))
+            journal.mark("recovered", self._host.notes[-1])
+            return None, []
+        journal.forget_passes(self._host.recorder.first_step)
+        return done
+
+    def _go_on_with(self, setup: Setup) -> None:
+        if setup.schedule is not self._setup.schedule:
+            self.engine.journal.mark("replanned", f"goes on with {', '.join(setup.schedule.devices_used())}")
+        self._setup = setup
+        self.schedule = setup.schedule
+        self.__dict__.pop("pass_times", None)  # of the plan before
+        self.engine.restart()
 
     def record_routing(self) -> RoutingRecorder:
         """From now on, which experts each token uses; the recorder's `routing()` is what was recorded so far."""
@@ -212,7 +234,7 @@ class LLM:
 
         The trace is of this afterwards."""
         self._check_idle()
-        self._host.clear_trace()
+        self._clear_trace()
         self._check_ids(token_ids, "the prompt")
         self._check_length(len(token_ids), 0, "the prompt")
         pool = self.engine.batching.blocks
@@ -230,7 +252,7 @@ class LLM:
     def run_pass(self, chunks: Sequence[Chunk], phase: Phase) -> None:
         """One pass as given, for measuring; the trace is of it alone afterwards, and no prefix is shared that was."""
         self._check_idle()
-        self._host.clear_trace()
+        self._clear_trace()
         self.engine.batching.blocks.clear()
         self._host.logits(chunks, phase)
 
@@ -244,10 +266,24 @@ class LLM:
     @property
     def trace(self) -> Trace:
         """What happened in the last `generate`, `stream` or `logits`."""
-        used = self.schedule.devices_used()
-        notes = [f"{d.name} is simulated" for d in self.topology.devices if d.simulated and d.name in used]
-        notes += [f"operator {r.name!r} replaces {r.replaces}" for r in self._setup.replaced.by_replaced.values()]
-        return self._host.trace(used, notes)
+        return self._recorded(0, self._known_facts()).trace()
+
+    def recording(self, since_step: int = 0, counts: bool = True) -> Recording:
+        """All that was recorded of that, or of passes that go on, from a step on: what the dashboard shows, and what
+        `write_recording` writes. May be called in any thread where passes run in one of their own (`EngineService`);
+        what a cluster's stages recorded is then half a second old at least. `counts`: with requests, pages and uses of
+        experts, which takes milliseconds where there are thousands of them."""
+        facts = self._known_facts()
+        recorded = self._recorded(since_step, facts, counts)
+        if not counts:
+            return recorded
+        pages, uses = self._host.page_counts(), self._host.expert_uses()
+        return replace(recorded, basis=facts.basis, pages=pages, expert_uses=uses)
+
+    @property
+    def basis(self) -> Basis:
+        """What its forecasts are made with."""
+        return self._setup.basis(self.schedule)
 
     def forecast_trace(self) -> Trace:
         """What the schedule is forecast to do, pass by pass."""
@@ -347,10 +383,38 @@ class LLM:
         """Where pages are, if some are read from disk while the model runs."""
         return self._host.memory if self.schedule.paging else None
 
-    def forget_trace(self, most: int) -> None:
-        """Begins the trace anew if it has more events than that: one that goes on for days must not grow."""
-        if self._host.num_events() > most:
-            self._host.clear_trace()
+    def keep_newest(self, most: int) -> None:
+        """So many events are kept from now on: a recording that goes on for days must not grow."""
+        self._host.keep_newest(most)
+
+    def gather(self) -> None:
+        """Between passes, in their thread: brings what other processes recorded up to the last time."""
+        self._host.gather()
+
+    def _known_facts(self) -> Facts:
+        schedule, setup = self.schedule, self._setup
+        if (facts := self._facts) is None or facts.schedule is not schedule:
+            self._facts = facts = Facts(setup.basis(schedule), setup.room, self.engine.batching.num_blocks)
+        return facts
+
+    def _recorded(self, since_step: int, facts: Facts, requests: bool = True) -> Recording:
+        if self.on_look is None:
+            self._host.gather(wait=True)
+        else:
+            self.on_look()
+        recorder, journal = self._host.recorder, self.engine.journal
+        passes = recorder.snapshot(since_step, journal.num_passes)  # not one that ended and is not noted yet
+        devices = self.topology.devices
+        notes = [f"{d.name} is simulated" for d in devices if d.simulated and d.name in facts.schedule.devices_used()]
+        notes += [f"operator {r.name!r} replaces {r.replaces}" for r in self._setup.replaced.by_replaced.values()]
+        found = put_together(passes, journal, facts, recorder.begin, requests)
+        if (memory := self._host.memory) is not None:  # whose budget may change
+            found = replace(found, capacity={**found.capacity, (memory.device, WEIGHTS): memory.budget})
+        return replace(found, notes=(*notes, *self._host.notes))
+
+    def _clear_trace(self) -> None:
+        self._host.clear_trace()
+        self.engine.journal.clear()
 
     def use_in_this_thread(self) -> None:
         """To be called in a thread before passes run in it."""

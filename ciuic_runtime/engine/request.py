@@ -57,8 +57,10 @@ class Request:
     finish_reason: FinishReason | None = None
     error: str | None = None
     made: float = field(default_factory=time.perf_counter)
+    admitted: float | None = None  # into its first pass
     first_token: float | None = None
     last_token: float | None = None
+    preemptions: int = 0  # times that it gave its blocks back before it had ended
     seed: int = 0
 
     def __post_init__(self) -> None:

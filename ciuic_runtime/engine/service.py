@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ciuic")
 
-MOST_RECORDED = 1 << 16  # events; then the recorder begins anew
+MOST_EVENTS = 1 << 20  # that are kept of what was recorded
+LOOKED_SECONDS = 5.0  # after somebody looked, another look is expected
+GATHER_SECONDS = 0.5  # between two times that what other processes recorded is asked for, while somebody looks
 
 
 class QueueFull(CiuicError):
@@ -126,6 +128,9 @@ class EngineService:
         self._closing = self._draining = self._ended = False
         self._handing_in = threading.Lock()  # nothing goes into the inbox that the thread would never see
         self._prompt_tokens = self._cached_tokens = self._generated = self._passes = 0
+        self._looked, self._gathered = -LOOKED_SECONDS, 0.0  # of time.monotonic(), s
+        llm.keep_newest(MOST_EVENTS)
+        llm.on_look = self._look
 
     def start(self) -> None:
         self._thread.start()
@@ -174,6 +179,17 @@ class EngineService:
             *((memory.report.hit_rate, memory.state.used, memory.budget) if memory else ()),
         )  # fmt: skip
 
+    # In any thread
+
+    def _look(self) -> None:
+        """Somebody looks at what was recorded."""
+        looked_at, self._looked = self._is_looked_at(), time.monotonic()
+        if not looked_at:
+            self._wake.set()
+
+    def _is_looked_at(self) -> bool:
+        return time.monotonic() - self._looked < LOOKED_SECONDS
+
     # In the event loop
 
     def _send(self, new: bool, submission: Submission) -> bool:
@@ -201,21 +217,28 @@ class EngineService:
             self.llm.use_in_this_thread()
             while not self._closing:
                 if not self._engine.busy and not self._inbox:
-                    self._wake.wait()
+                    self._wake.wait(GATHER_SECONDS if self._is_looked_at() else None)
                 self._wake.clear()
                 self._take_in()
                 if self._engine.busy:
                     self._deliver(self._pass())
+                self._gather()
         except Exception:
             log.exception("the engine's thread ends by a mistake of ours; nothing more will be answered")
         finally:
-            self._closing = True
+            self._closing, self.llm.on_look = True, None
             with self._handing_in:
                 self._ended = True
                 self._take_in()
             for submission in self._known.values():
                 self._engine.cancel(submission.request)
             self._deliver([Update(s.request, finish_reason="interrupted") for s in self._known.values()])
+
+    def _gather(self) -> None:
+        now = time.monotonic()
+        if self._is_looked_at() and now - self._gathered >= GATHER_SECONDS:
+            self._gathered = now
+            self.llm.gather()
 
     def _take_in(self) -> None:
         while self._inbox:
@@ -240,7 +263,7 @@ class EngineService:
         return updates
 
     def _failed(self, request: Request, error: Exception) -> Update:
-        self._engine.cancel(request)
+        self._engine.cancel(request, "error")
         request.finish_reason, request.error = "error", str(error)
         return Update(request, finish_reason="error", error=request.error)
 
@@ -256,7 +279,6 @@ class EngineService:
             forecast = times.seconds(size) if times else None
             waiting, running = len(batching.waiting), len(batching.running)
             self.on_pass(PassInfo(seconds, forecast, size.tokens, size.decodes, running, waiting))
-        self.llm.forget_trace(MOST_RECORDED)
 
     def _deliver(self, updates: Sequence[Update]) -> None:
         """To the event loops that wait for them, usually one."""

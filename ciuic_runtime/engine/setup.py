@@ -7,6 +7,7 @@ import logging
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
+from ciuic_runtime.basis import Basis
 from ciuic_runtime.curves import load_calibration
 from ciuic_runtime.devices.cpu import discover_cpus
 from ciuic_runtime.devices.errors import InvalidInput, OutOfMemory
@@ -63,16 +64,23 @@ class Setup:
         memory = {name: need.total for name, need in memory_need(schedule, graph, work).items()}
         return replace(schedule, predicted=replace(predicted, memory_bytes=memory))
 
+    @property
+    def room(self) -> Workload:
+        """What memory must hold."""
+        return _workload(self.config.workload, self.context, self.max_num_seqs, self.config.kv_tokens)
+
     def without_nodes(self, gone: Collection[str]) -> Setup:
-        """Planned again over the nodes that are left, for the same context and batch; of the user's rules, those that
-        name only what is gone no longer count. Raises OutOfMemory where what is left cannot hold the model."""
+        """Planned again over the nodes that are left. Raises OutOfMemory where what is left cannot hold the model."""
         left = [d.name for d in self.topology.devices if node_of(d.name) not in gone]
-        topology, config, rules = self.topology.only(left), self.config, self.config.placement
-        if rules is not None:
-            rules = Placement(tuple(r for r in rules.rules if not all(node_of(on) in gone for on in r.on)))
-        room = _workload(config.workload, self.context, self.max_num_seqs, config.kv_tokens)
+        return self.over(self.topology.only(left), gone)
+
+    def over(self, topology: Topology, gone: Collection[str]) -> Setup:
+        """Planned again over other nodes, for the same context and batch; of the user's rules and budgets, those that
+        name only what is gone no longer count."""
+        config, rules = self.config, rules_without(self.config.placement, gone)
+        memory = {device: size for device, size in config.memory.items() if node_of(device) not in gone}
         schedule = plan(
-            self.model, topology, memory=config.memory, goal=config.goal or self.schedule.goal, workload=room,
+            self.model, topology, memory=memory, goal=config.goal or self.schedule.goal, workload=self.room,
             placement=rules, kernels=config.kernels, calibration=self.calibration,
         )  # fmt: skip
         planned = replace(self, topology=topology, schedule=schedule, config=replace(config, stages=None))
@@ -99,11 +107,22 @@ class Setup:
 
     def forecaster(self, schedule: Schedule) -> Forecaster:
         """Of a schedule of this model, carried out as the settings say."""
+        return self.basis(schedule).forecaster
+
+    def basis(self, schedule: Schedule) -> Basis:
+        """What its forecasts are made with."""
         config = self.config
         way = None
         if config.executor != "local":
             way = Pipelining(config.stages, config.micro_batches, config.threads)
-        return Forecaster(schedule, self.model.graph, self.calibration, way)
+        return Basis(self.model, schedule, self.calibration, way)
+
+
+def rules_without(rules: Placement | None, gone: Collection[str]) -> Placement | None:
+    """Those that do not name only nodes that are gone."""
+    if rules is None:
+        return None
+    return Placement(tuple(r for r in rules.rules if not all(node_of(on) in gone for on in r.on)))
 
 
 def set_up(

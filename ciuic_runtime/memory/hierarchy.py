@@ -25,6 +25,7 @@ from ciuic_runtime.models.checkpoint import Checkpoint, open_checkpoint
 from ciuic_runtime.models.layout import KERNEL_FORMATS
 from ciuic_runtime.schedulers.graph import Page, Phase, TaskGraph
 from ciuic_runtime.schedulers.policies.cache import cache_policy
+from ciuic_runtime.schedulers.recording import PageCounts
 from ciuic_runtime.schedulers.residency import (
     Cancel,
     Command,
@@ -41,6 +42,7 @@ log = logging.getLogger("ciuic")
 
 Pages = str | Page | Iterable[str | Page]
 OnRead = Callable[[str, int, float, float], None]  # page, bytes, start, end
+OnEvict = Callable[[str], None]  # page
 _LOOK = 0.25  # s between two looks at Ctrl-C while waiting
 
 
@@ -89,6 +91,7 @@ class MemoryHierarchy:
         self._lock = threading.RLock()
         self._source, self.reserved = source, reserved
         self.on_read: OnRead = lambda page, nbytes, start, end: None
+        self.on_evict: OnEvict = lambda page: None
         self.graph: TaskGraph | None = None
         facts: list[PageFacts] = []
         if model is not None:
@@ -115,6 +118,8 @@ class MemoryHierarchy:
         self._stalls = Stalls()
         self._bytes_read = self.evictions = 0
         self._read_before = 0  # bytes, when the pass began
+        self._came_last: int | None = None  # of the pages that passes waited for, their checks included
+        self.clear_counts()
         self._open: Iterator[list[int]] | None = None  # holds what `slot` had to wait for
         self._said_slower = self._closed = False
         self.report = PagingReport()
@@ -229,6 +234,25 @@ class MemoryHierarchy:
             if lower:
                 self.pool.budget = budget
 
+    def page_counts(self) -> dict[str, PageCounts]:
+        """Of every page, since `clear_counts`."""
+        state, there = self.state, Where.RESIDENT
+        counts = zip(state.num_uses, state.num_hits, self._num_reads, self._waited, state.where, strict=True)
+        return {
+            page.name: PageCounts(uses, hits, reads, waited, where == there)
+            for page, (uses, hits, reads, waited, where) in zip(state.pages, counts, strict=True)
+        }
+
+    def clear_counts(self) -> None:
+        num = len(self.state.pages)
+        self.state.num_uses[:] = self.state.num_hits[:] = self._num_reads = [0] * num
+        self._waited = [0.0] * num  # s, by page
+
+    @property
+    def came_last(self) -> str:
+        """The page that ended the last wait."""
+        return "" if self._came_last is None else self.state.pages[self._came_last].name
+
     # What a pass does
 
     def number(self, page: str) -> int:
@@ -295,6 +319,9 @@ class MemoryHierarchy:
         self._source_of().rows(name, [offset + row_nbytes * n for n in numbers], row_nbytes, into)
         end = perf_counter()
         self._stalls.disk += end - begin
+        self._came_last = page
+        self._waited[page] += end - begin
+        self._num_reads[page] += 1
         self._bytes_read += into.numel()
         self.on_read(name, into.numel(), begin, end)
 
@@ -390,6 +417,7 @@ class MemoryHierarchy:
                 elif isinstance(command, Evict):
                     self.evictions += 1
                     self.pool.free(self._slots.pop(command.page))
+                    self.on_evict(self.state.pages[command.page].name)
                 elif isinstance(command, Promote):
                     self._source_of().promote(self._ticket_of[command.page])
                 elif isinstance(command, Cancel) and self._source_of().cancel(self._ticket_of[command.page]):
@@ -412,6 +440,7 @@ class MemoryHierarchy:
     def _wait(self, request: Request) -> None:
         """Until a page of those that were asked for has come."""
         self._poll()
+        since = self._stalls.total
         while not request.ready:
             if not self._tickets:
                 raise self._too_little()
@@ -423,6 +452,8 @@ class MemoryHierarchy:
             else:
                 self._stalls.disk += waited
             self._take_in(found)
+        self._came_last = request.ready[-1]
+        self._waited[self._came_last] += self._stalls.total - since
 
     def _take_in(self, found: Sequence[Finished]) -> None:
         """Reads that have ended; raises the first error when all of them have been seen to."""
@@ -440,6 +471,7 @@ class MemoryHierarchy:
             self._do(self.state.failed(page, again=done.cancelled))
             return error
         self._bytes_read += facts.nbytes
+        self._num_reads[page] += 1
         self.on_read(facts.name, facts.nbytes, done.start, done.end)
         wanted, commands = self.state.arrived(page)
         if wanted:
@@ -455,6 +487,7 @@ class MemoryHierarchy:
             return error
         finally:
             self._stalls.verify += perf_counter() - begin
+            self._came_last = page
         if not self._said_slower and (why := self._source_of().slower):
             self._said_slower = True
             log.warning("%s", why)

@@ -12,6 +12,8 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ciuic_runtime.dashboard.live import LiveSource
+from ciuic_runtime.dashboard.routes import Dashboard, add_dashboard
 from ciuic_runtime.engine.service import EngineService, ShuttingDown
 from ciuic_runtime.server.answers import Health, ModelAnswer, ModelsAnswer
 from ciuic_runtime.server.chat import chat_job
@@ -45,10 +47,13 @@ def create_app(service: EngineService, config: ServerConfig) -> FastAPI:
     served = Served(service.llm, config, name, TokenTexts(service.llm.tokenizer))
     metrics = Metrics(service)
 
+    dashboard = Dashboard([LiveSource(service)])
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
+        await dashboard.close()
         await asyncio.to_thread(service.close)
 
     app = FastAPI(
@@ -61,6 +66,7 @@ def create_app(service: EngineService, config: ServerConfig) -> FastAPI:
     _add_models(app, served)
     _add_watching(app, service, metrics)
     _add_page(app)
+    add_dashboard(app, dashboard)
     describe(app, served)
     return app
 

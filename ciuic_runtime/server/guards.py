@@ -8,11 +8,12 @@ import hmac
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ciuic_runtime.dashboard.pages import ADDRESSES
 from ciuic_runtime.server.config import ServerConfig
 from ciuic_runtime.server.errors import ApiError
 
 # Everything else asks for a key.
-OPEN = frozenset({"/", "/chat.js", "/chat.css", "/chat.svg", "/health", "/openapi.json"})
+OPEN = frozenset({"/", "/chat.js", "/chat.css", "/chat.svg", "/health", "/openapi.json", *ADDRESSES})
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 

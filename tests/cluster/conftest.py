@@ -1,23 +1,18 @@
-"""A Ray cluster of several raylets on this machine, each a node to Ray; nothing of it is left afterwards."""
+"""A Ray cluster of several raylets on this machine, each a node to Ray: one for all tests of a process, and what a test
+took away is put back for the next one. Nothing of it is left afterwards."""
 
 from __future__ import annotations
 
 import os
 import secrets
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from raylets import HEALTH, NODE, children, free_ports, put_back, remove_semaphores, wait_until
 
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-
-# A killed raylet is noticed in seconds instead of a quarter of a minute.
-HEALTH = {
-    "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 3,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -25,28 +20,31 @@ def ray() -> Any:
     return pytest.importorskip("ray")
 
 
-@pytest.fixture
-def cluster(ray: Any) -> Iterator[Any]:
-    """Three nodes of two processors each; `cluster.add_node(...)` adds, `cluster.remove_node(...)` takes."""
+@pytest.fixture(scope="session")
+def whole_cluster(ray: Any) -> Iterator[Any]:
+    """It takes jobs. At its end nothing may be left of it."""
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False, "_system_config": HEALTH}
-    made = Cluster(initialize_head=True, head_node_args=head)
+    before, pids = children(), list[int]()
+    made = Cluster()
     try:
-        for _ in range(2):
-            made.add_node(num_cpus=2, object_store_memory=100 << 20)
-        made.wait_for_nodes()
+        ports = free_ports("dashboard_port", "dashboard_agent_listen_port")
+        made.add_node(**NODE, include_dashboard=True, _system_config=HEALTH, **ports)
+        put_back(made)
         yield made
     finally:
         pids = [p.process.pid for node in made.list_all_nodes() for one in node.all_processes.values() for p in one]
-        if ray.is_initialized():
-            ray.shutdown()
         made.shutdown()
         remove_semaphores(pids)
+    wait_until(lambda: children() <= before, "processes are left")
 
 
-def remove_semaphores(pids: list[int]) -> None:
-    """Compiled graphs leave theirs, named after the raylet."""
-    for file in Path("/dev/shm").glob("sem.*"):
-        if any(str(pid) in file.name for pid in pids):
-            file.unlink(missing_ok=True)
+@pytest.fixture
+def cluster(ray: Any, whole_cluster: Any) -> Iterator[Any]:
+    """Three nodes of two processors each; `cluster.add_node(...)` adds, `cluster.remove_node(...)` takes."""
+    put_back(whole_cluster)
+    try:
+        yield whole_cluster
+    finally:
+        if ray.is_initialized():
+            ray.shutdown()

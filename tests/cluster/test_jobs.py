@@ -7,24 +7,24 @@ import contextlib
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from raylets import put_back, wait_until
 
 import ciuic_runtime
 from ciuic_runtime.cluster.job import Bench, Generate, Serve, check_job, parse_job, read_job
 from ciuic_runtime.cluster.prompts import Results, read_prompts
-from ciuic_runtime.cluster.run_job import Driver, rules_left, why
+from ciuic_runtime.cluster.run_job import Driver, left_of, why
 from ciuic_runtime.cluster.submit import JobState, run
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput, OutOfMemory
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
@@ -309,13 +309,15 @@ def test_the_exit_code_is_the_drivers(jobs: Any, code: int, message: str, write:
     assert str(found.value).startswith(message)
 
 
-def test_rules_for_nodes_that_are_gone_no_longer_count() -> None:
+def test_rules_and_budgets_for_nodes_that_are_gone_no_longer_count(write: Callable[..., Path]) -> None:
     rules = (
         Placement().put("*", on="cpu").put("layers.0", on="node1/cpu").put("layers.1", on=["node0/cpu", "node1/cpu"])
     )
-    left = rules_left(rules, Topology((DeviceSpec(name="node0/cpu", kind="CPU", memory_bytes=1 << 30),)))
-    assert left
-    assert [rule.pattern for rule in left.rules] == ["*", "layers.1"]
+    job = replace(read_job(write(GENERATE)), placement=rules, memory={"node0/cpu": 1 << 28, "node1/cpu": 1 << 28})
+    left = left_of(job, Topology((DeviceSpec(name="node0/cpu", kind="CPU", memory_bytes=1 << 30),)))
+    assert left.placement
+    assert [rule.pattern for rule in left.placement.rules] == ["*", "layers.1"]
+    assert left.memory == {"node0/cpu": 1 << 28}
 
 
 # From a shell
@@ -323,6 +325,7 @@ def test_rules_for_nodes_that_are_gone_no_longer_count() -> None:
 native = pytest.mark.skipif(kernels() is None, reason="the native kernels are not built here")
 CIUIC = [sys.executable, "-c", "import sys; from ciuic_runtime.cli import main; main()"]
 PATIENCE = 90.0  # s
+RESUME = "[generate]\nresume = true"
 
 
 @dataclass
@@ -360,44 +363,12 @@ class Shell:
     def said(self, command: object) -> str:
         return "".join((self.folder / f"{command}.{end}").read_text() for end in ("out", "err"))
 
-    def wait_for(self, what: str, process: subprocess.Popen[str]) -> None:
+    def wait_for(self, what: str, process: subprocess.Popen[str], command: str = "launch") -> None:
         limit = time.monotonic() + PATIENCE
-        while what not in self.said("launch"):
-            assert process.poll() is None, self.said("launch")
-            assert time.monotonic() < limit, self.said("launch")
+        while what not in self.said(command):
+            assert process.poll() is None, self.said(command)
+            assert time.monotonic() < limit, self.said(command)
             time.sleep(0.05)
-
-
-@pytest.fixture(scope="module")
-def two_nodes(ray: Any) -> Iterator[Any]:
-    """Two raylets of a cluster that takes jobs; at its end nothing may be left of it."""
-    from ray.cluster_utils import Cluster
-
-    def ports(*names: str) -> dict[str, Any]:
-        with contextlib.ExitStack() as stack:
-            taken = [stack.enter_context(socket.socket()) for _ in names]
-            for one in taken:
-                one.bind(("127.0.0.1", 0))
-            return {name: one.getsockname()[1] for name, one in zip(names, taken, strict=True)}
-
-    health = {
-        "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
-        "health_check_failure_threshold": 3,
-    }  # fmt: skip
-    common = {"num_cpus": 2, "object_store_memory": 100 << 20}
-    before = children()
-    cluster = Cluster()
-    try:
-        cluster.add_node(
-            **common, include_dashboard=True, _system_config=health,
-            **ports("dashboard_port", "dashboard_agent_listen_port"),
-        )  # fmt: skip
-        cluster.add_node(**common, **ports("dashboard_agent_listen_port"))
-        cluster.wait_for_nodes()
-        yield cluster
-    finally:
-        cluster.shutdown()
-    wait_until(lambda: children() <= before, "processes are left")
 
 
 @pytest.fixture
@@ -408,8 +379,8 @@ def folder(tiny_int4: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def shell(two_nodes: Any, folder: Path) -> Iterator[Shell]:
-    with Shell(two_nodes.address, folder, two_nodes) as shell:
+def shell(cluster: Any, folder: Path) -> Iterator[Shell]:
+    with Shell(cluster.address, folder, cluster) as shell:
         yield shell
 
 
@@ -418,10 +389,6 @@ def job(shell: Shell, max_tokens: int, more: str = "", rules: str = TWO_NODES) -
     settings = f"context = 400\nthreads = 1\nmax_num_seqs = 2\n{more}"
     path.write_text(f"{settings}{GENERATE}max_tokens = {max_tokens}\nignore_eos = true\n{rules}")
     return path
-
-
-def children() -> set[int]:
-    return {p.pid for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE}
 
 
 def driver_of_a_job() -> psutil.Process:
@@ -442,15 +409,16 @@ def paused(process: psutil.Process) -> Iterator[None]:
         process.resume()
 
 
-def wait_until(true: Callable[[], bool], otherwise: str) -> None:
-    limit = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < limit, otherwise
-        time.sleep(0.1)
+def kill_second_node(shell: Shell) -> None:
+    [node] = shell.nodes.worker_nodes
+    raylet = node.all_processes["raylet"][0].process
+    raylet.kill()
+    raylet.wait()
 
 
 @native
 def test_a_job_of_two_nodes_is_launched_seen_and_done(shell: Shell, tiny_int4: Path) -> None:
+    put_back(shell.nodes, 2)
     process = shell.begin("launch", job(shell, 300), "--json")
     shell.wait_for(" prompts, ", process)
     with paused(driver_of_a_job()):
@@ -466,29 +434,26 @@ def test_a_job_of_two_nodes_is_launched_seen_and_done(shell: Shell, tiny_int4: P
         params = ciuic_runtime.SamplingParams(max_tokens=300, ignore_eos=True)
         expected = llm.generate([line["prompt"] for line in lines], params)
     assert [line["token_ids"] for line in lines] == [list(o.token_ids) for o in expected]
-    assert "is there already" in shell.call("launch", shell.folder / "job.toml", code=2)["error"]["message"]
 
     (shell.folder / "out.jsonl").unlink()
     sent = shell.call("launch", shell.folder / "job.toml", "--detach")["id"]
-    assert sent in shell.call("stop", "nobody", code=2)["error"]["message"], "which jobs there are"
     assert shell.call("stop", sent)["status"] == "STOPPED"
-    assert {s["id"]: s["status"] for s in shell.call("jobs")["jobs"]} == {sent: "STOPPED", done["id"]: "SUCCEEDED"}
 
 
 @native
 @pytest.mark.slow
 def test_a_job_whose_node_is_lost_says_which_and_why(shell: Shell) -> None:
     """Each node has memory for its half: what is left cannot hold the model."""
+    put_back(shell.nodes, 2)
     half = '[memory]\n"node0/cpu" = "1500KiB"\n"node1/cpu" = "1500KiB"\n'
     process = shell.begin("launch", job(shell, 300, rules=TWO_NODES + half), "--json")
     shell.wait_for(" prompts, ", process)
-    raylet = shell.nodes.worker_nodes.copy().pop().all_processes["raylet"][0].process
-    raylet.kill()
-    raylet.wait()
+    kill_second_node(shell)
     assert process.wait(PATIENCE) == 2, shell.said("launch")
     error = json.loads((shell.folder / "launch.out").read_text())["error"]
     assert error["exit_code"] == 2
     assert "failed on node1: stage 1 on node1 was lost: " in error["message"]
+    assert "cannot hold the model" in error["message"]
     assert f"finished prompts are in {shell.folder / 'out.jsonl'}" in error["message"]
     assert 0 < len((shell.folder / "out.jsonl").read_text().splitlines()) < 12
 
@@ -511,3 +476,55 @@ def test_without_an_address_a_cluster_is_started_and_ctrl_c_ends_it_with_the_job
     assert set(Path(tempfile.gettempdir()).glob("ciuic-ray-*")) == before
     ours = {str(p.pid) for p in started}  # other tests may run beside this one
     assert not [f.name for f in Path("/dev/shm").iterdir() if ours & set(re.findall(r"\d+", f.name))]
+
+
+@native
+@pytest.mark.slow
+def test_a_job_that_was_stopped_is_followed_asked_and_resumed(shell: Shell, tiny_int4: Path) -> None:
+    put_back(shell.nodes, 2)
+    sent = shell.call("launch", job(shell, 300), "--detach")["id"]
+    follow = shell.begin("logs", sent, "--follow")
+    shell.wait_for(" prompts, ", follow, "logs")
+    [answer] = shell.call("replan", sent)["models"]
+    assert (answer["id"], answer["moves"]) == (sent, False)
+    assert answer["text"] == "there is no node that the plan does not know: node0, node1"
+    assert sent in shell.call("stop", "nobody", code=2)["error"]["message"], "which jobs there are"
+    assert shell.call("stop", sent)["status"] == "STOPPED"
+    assert {s["id"]: s["status"] for s in shell.call("jobs")["jobs"]}[sent] == "STOPPED"
+    assert "is there already" in shell.call("launch", shell.folder / "job.toml", code=2)["error"]["message"]
+    assert follow.wait(PATIENCE) == 0
+    assert "looking at node1" in shell.said("logs")
+    assert "ciuic-result" not in shell.said("logs")
+    output = shell.folder / "out.jsonl"
+    before = output.read_text().splitlines()
+    assert 0 < len(before) < 12
+
+    (shell.folder / "job.toml").write_text((shell.folder / "job.toml").read_text().replace("[generate]", RESUME))
+    done = shell.call("launch", shell.folder / "job.toml")["result"]
+    assert (done["finished"], done["kept"]) == (12, len(before))
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(12))
+    assert all(json.loads(line) in lines for line in before)
+    with ciuic_runtime.LLM(tiny_int4, max_model_len=400, max_num_seqs=2, threads=1) as llm:
+        params = ciuic_runtime.SamplingParams(max_tokens=300, ignore_eos=True)
+        expected = llm.generate([line["prompt"] for line in lines], params)
+    assert [line["token_ids"] for line in lines] == [list(o.token_ids) for o in expected]
+
+
+@native
+@pytest.mark.slow
+def test_a_job_begins_again_when_its_node_comes_back(shell: Shell) -> None:
+    """Each node has memory for its half: the model fits again when there are two of them."""
+    put_back(shell.nodes, 2)
+    half = '[memory]\n"node0/cpu" = "1500KiB"\n"node1/cpu" = "1500KiB"\n'
+    process = shell.begin("launch", job(shell, 300, "restarts = 3\n", rules=TWO_NODES + half), "--json")
+    shell.wait_for(" prompts, ", process)
+    kill_second_node(shell)
+    shell.wait_for("; restart 1 of 3 in 5 s", process)
+    put_back(shell.nodes, 2)
+    assert process.wait(PATIENCE) == 0, shell.said("launch")
+    done = json.loads((shell.folder / "launch.out").read_text())
+    assert done["restarts"] in (1, 2)
+    assert "stage 1 on node1 was lost: " in done["lost"][0]
+    assert (done["result"]["finished"], done["result"]["new_tokens"]) == (12, 12 * 300)
+    assert re.search(r"[1-9]\d* of 12 prompts, ", shell.said("launch").split("; restart 1 of 3")[0])

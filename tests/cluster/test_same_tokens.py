@@ -35,10 +35,17 @@ def expected(tiny_int4: Path, here: Topology) -> list[Any]:
         return outcome(llm.generate(PROMPTS, PARAMS))
 
 
-def test_any_number_of_stages_on_this_machine(ray: Any, tiny_int4: Path, here: Topology, expected: list[Any]) -> None:
+def test_any_number_of_stages(cluster: Any, tiny_int4: Path, here: Topology, expected: list[Any]) -> None:
     for stages in (1, 2, 4):
         with ciuic.LLM(
-            tiny_int4, devices=here, max_model_len=192, max_num_seqs=8, threads=1, executor="ray", stages=stages
+            tiny_int4,
+            devices=here,
+            max_model_len=192,
+            max_num_seqs=8,
+            threads=1,
+            executor="ray",
+            stages=stages,
+            address=cluster.address,
         ) as llm:
             assert outcome(llm.generate(PROMPTS, PARAMS)) == expected, f"{stages} stages"
             assert outcome(llm.generate(PROMPTS[0], PARAMS[0])) == expected[:1]

@@ -291,7 +291,9 @@ def test_a_guide_says_what_may_come(model: LLM) -> None:
 def test_every_pass_is_told_with_its_forecast_and_the_trace_does_not_grow(
     model: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ciuic_runtime.engine.service.MOST_RECORDED", 1000)
+    monkeypatch.setattr("ciuic_runtime.engine.service.MOST_EVENTS", 1000)
+    monkeypatch.setattr(model._host.recorder, "_chunk", 128)
+    model._clear_trace()  # so that it begins with a chunk of that size
     told: list[PassInfo] = []
 
     async def act(service: EngineService) -> Any:
@@ -304,7 +306,12 @@ def test_every_pass_is_told_with_its_forecast_and_the_trace_does_not_grow(
     assert sum(info.decode_tokens for info in told) == 2 * 99
     assert sum(info.prompt_tokens for info in told) == 40
     assert all(info.forecast_seconds and info.seconds > 0 for info in told)
-    assert model._host.num_events() <= 1000 + 200
+    recording = model.recording()
+    monkeypatch.undo()
+    model._clear_trace()
+    assert 0 < len(recording.rows) - 2 * len(recording.steps) - 2 <= 1000 + 128
+    assert recording.first_step + len(recording.steps) == stats.passes > len(recording.steps)
+    assert len(recording.passes) == len(recording.steps)
     assert (stats.prompt_tokens, stats.generated_tokens) == (40, 200)
 
 

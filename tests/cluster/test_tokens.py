@@ -1,0 +1,109 @@
+"""Who may join what: no cluster without a token, unless that is said to be fine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from raylets import free_ports
+
+from ciuic_runtime.cluster.submit import Jobs, _asked
+from ciuic_runtime.devices.errors import InvalidInput
+from ciuic_runtime.devices.ray_session import asks_for_token, join
+
+pytestmark = pytest.mark.usefixtures("ray")
+
+CIUIC = [sys.executable, "-c", "import sys; from ciuic_runtime.cli import main; main()"]
+OPEN = """
+import sys
+from ray.cluster_utils import Cluster
+node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": True, "dashboard_port": int(sys.argv[1])}
+cluster = Cluster(initialize_head=True, head_node_args=node)
+print(cluster.address, cluster.webui_url, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """Of somebody who has no token."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(home)} | more
+
+
+@pytest.fixture
+def open_cluster(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """The addresses of a cluster that asks for no token, and of its dashboard."""
+    command = [sys.executable, "-c", OPEN, str(free_ports("dashboard")["dashboard"])]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env=environment(tmp_path, RAY_AUTH_MODE="disabled"),
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        address, dashboard = process.stdout.readline().split()
+        yield address, f"http://{dashboard}"
+    finally:
+        process.communicate(timeout=60)
+
+
+def ciuic(env: dict[str, str], *arguments: str) -> tuple[int, Any]:
+    """The exit code, and what is printed as JSON."""
+    done = subprocess.run([*CIUIC, *arguments, "--json"], env=env, capture_output=True, text=True, timeout=90)
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_without_a_token_nothing_is_joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with pytest.raises(InvalidInput, match="would be joined without a token, so that anybody could"):
+        join("127.0.0.1:1")
+    with pytest.raises(InvalidInput, match="jobs would be sent without a token, so that anybody could; copy the token"):
+        Jobs("127.0.0.1:1")
+
+
+def test_a_cluster_that_asks_for_a_token_is_known_from_one_that_does_not(cluster: Any) -> None:
+    assert asks_for_token(cluster.address)
+    assert _asked(f"http://{cluster.webui_url}") == 401
+
+
+@pytest.mark.slow
+def test_a_cluster_is_joined_with_a_token_that_it_asks_for(open_cluster: tuple[str, str], tmp_path: Path) -> None:
+    address, dashboard = open_cluster
+    without = environment(tmp_path)
+    knows_one = environment(tmp_path, RAY_AUTH_TOKEN="0" * 64)
+
+    code, said = ciuic(without, "devices", "--address", address)
+    assert (code, said["error"]["type"]) == (2, "InvalidInput")
+    assert f"the cluster at {address} would be joined without a token" in said["error"]["message"]
+
+    code, said = ciuic(without, "jobs", "--address", dashboard)
+    assert code == 2
+    assert "jobs would be sent without a token" in said["error"]["message"]
+
+    code, said = ciuic(knows_one, "devices", "--address", address)
+    assert code == 2
+    assert f"the cluster at {address} asks for no token, so that anybody can use it" in said["error"]["message"]
+
+    code, said = ciuic(knows_one, "jobs", "--address", dashboard)
+    assert code == 2
+    assert "takes jobs from anybody" in said["error"]["message"]
+
+    assert ciuic(without, "jobs", "--address", dashboard, "--insecure") == (0, {"schema_version": 1, "jobs": []})
+    code, said = ciuic(without, "devices", "--address", address, "--insecure", "--measure", "never")
+    assert code == 0
+    assert "node0/cpu" in [device["name"] for device in said["devices"]]
+
+
+@pytest.mark.slow  # Ray tries again and again
+def test_a_wrong_token_is_refused(cluster: Any, tmp_path: Path) -> None:
+    code, said = ciuic(environment(tmp_path, RAY_AUTH_TOKEN="0" * 64), "devices", "--address", cluster.address)
+    assert code == 1
+    assert "could not be reached" in said["error"]["message"]
+    assert "is the token its own?" in said["error"]["message"]

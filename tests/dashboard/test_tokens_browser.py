@@ -1,0 +1,459 @@
+"""The Tokens view in a browser, over a real server: from a file, live, with a key, by keyboard, on a phone, saved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ciuic_runtime.dashboard.serve import DashboardServer
+from ciuic_runtime.dashboard.source import open_file
+from ciuic_runtime.devices.spec import Topology
+from ciuic_runtime.engine.llm import LLM
+from ciuic_runtime.engine.service import EngineService
+from ciuic_runtime.schedulers.chrome import write_recording
+from ciuic_runtime.schedulers.recording import Mark, PassNote, Recording, RequestNote
+from ciuic_runtime.schedulers.trace import Event, StepInfo, Trace
+from ciuic_runtime.server.config import ServerConfig
+from ciuic_runtime.server.serve import Server, listening
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="no chromium here")]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+STEPS, LAYERS, SLOW = 120, 6, 73
+PAGE = "layers.3.experts.17"
+COLOURS = """canvas => {
+    const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data, seen = {};
+    for (let i = 0; i < data.length; i += 4) {
+        const name = `rgb(${data[i]}, ${data[i + 1]}, ${data[i + 2]})`;
+        seen[name] = (seen[name] || 0) + 1;
+    }
+    return seen;
+}"""
+
+
+def made() -> Recording:
+    """120 passes of 1 ms; in one of them a page came 40 ms late."""
+    events: list[Event] = []
+    steps: list[StepInfo] = []
+    now = 0.0
+
+    def event(task: str, lane: str, seconds: float, kind: Any = "compute", nbytes: int = 0, cause: str = "") -> None:
+        nonlocal now
+        phase = "decode" if step else "prefill"
+        events.append(Event(task, lane, now, now + seconds, step, phase, kind, nbytes, cause))
+        now += seconds
+
+    for step in range(STEPS):
+        begin = now
+        for layer in range(LAYERS):
+            event(f"layers.{layer}.attention", "cpu", 60e-6)
+            event(f"layers.{layer}.router", "cpu", 10e-6)
+            if step == SLOW and layer == 3:
+                events.append(Event(PAGE, "disk -> cpu", now, now + 39.9e-3, step, "decode", "read", 5_800_000))
+                event("layers.3.experts", "cpu", 40e-3, "wait", cause=PAGE)
+            event(f"layers.{layer}.experts", "cpu", 80e-6)
+        event("head", "cpu", 100e-6)
+        steps.append(StepInfo("decode" if step else "prefill", 1 if step else 16, 1, begin, now))
+        now += 50e-6
+    recording = Recording.of(Trace(tuple(events), tuple(steps), "measured", ("cpu",)))
+    request = RequestNote(7, 0.0, 16, 1e-5, steps[0].end, steps[-1].end, 0, STEPS, 0, "length")
+    mark = Mark(steps[30].start, "lost", "node1 is lost")
+    passes = tuple(PassNote(((7, info.tokens),), 1, 0) for info in steps)
+    return replace(recording, requests=(request,), marks=(mark,), passes=passes)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        started = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+@contextmanager
+def served(files: list[Path], **settings: Any) -> Iterator[str]:
+    """The address of `ciuic dashboard FILES`."""
+    config = ServerConfig(port=0, **settings)
+    with listening(config) as address:
+        urls: list[str] = []
+        ready = threading.Event()
+
+        def up(url: str) -> None:
+            urls.append(url)
+            ready.set()
+
+        server = DashboardServer([open_file(file) for file in files], config, up)
+        thread = threading.Thread(target=lambda: server.run(sockets=[address]))
+        thread.start()
+        try:
+            assert ready.wait(30), "the server does not come up"
+            yield urls[0]
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive(), "the server does not end"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recordings") / "run.json"
+    write_recording(made(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(file: Path) -> Iterator[str]:
+    with served([file]) as address:
+        yield address
+
+
+def opened(browser: Any, url: str, width: int = 1400, **context: Any) -> tuple[Any, list[str]]:
+    """The page, and what went wrong or was asked of other hosts."""
+    page = browser.new_context(viewport={"width": width, "height": 900}, **context).new_page()
+    page.set_default_timeout(30_000)
+    host = url.split("/dashboard")[0]
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(f"{message.text} {message.location}"))
+    here = (host, "blob:", "data:")
+    page.on("request", lambda request: wrong.append(request.url) if not request.url.startswith(here) else None)
+    page.goto(url)
+    return page, wrong
+
+
+def until(true: Callable[[], Any], seconds: float = 20) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.02)
+    return found
+
+
+def drawn(page: Any) -> None:
+    """Waits for the strip's and the chart's bars."""
+    until(lambda: page.evaluate("Boolean(Strip.state?.size && Gantt.state?.bars)"))
+    settled(page)
+
+
+def settled(page: Any) -> None:
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def click_step(page: Any, step: int) -> None:
+    page.locator(".strip canvas").click(position={"x": page.evaluate(f"Strip.state.x({step})"), "y": 120})
+
+
+def span(page: Any) -> float:
+    return float(page.evaluate("Gantt.state.view.to - Gantt.state.view.from"))
+
+
+def test_strip_and_chart_show_what_was_recorded(browser: Any, url: str) -> None:
+    page, wrong = opened(browser, url)
+    drawn(page)
+    assert page.evaluate("Strip.state.size") == STEPS
+    assert page.evaluate("Strip.state.steps") == STEPS
+    assert page.evaluate("Gantt.state.lanes") == ["cpu", "disk -> cpu"]
+    recorded = made().seconds
+    assert page.evaluate("Gantt.state.view.from") <= 0
+    assert page.evaluate("Gantt.state.view.to") >= recorded * 1e9
+    strip = page.eval_on_selector(".strip canvas", COLOURS)
+    disk, compute = (strip.get(page.evaluate(f"Colours.of('{cause}')"), 0) for cause in ("disk", "compute"))
+    assert disk > 100, "the wait for the disk is seen"
+    assert compute > 1000
+    chart = page.eval_on_selector(".gantt canvas", COLOURS)
+    assert chart.get(page.evaluate("Colours.of('read')"), 0) > 100
+    assert "120 steps" in page.inner_text("#status")
+    assert wrong == []
+
+
+def test_from_opening_the_page_one_click_names_the_late_page(browser: Any, url: str) -> None:
+    page, wrong = opened(browser, url)
+    drawn(page)
+    click_step(page, SLOW)
+    page.wait_for_selector(f"#verdict:has-text('{PAGE}')")
+    assert page.inner_text(".answer h2") == f"Step {SLOW}: 41.0 ms"
+    assert page.locator("#verdict a").inner_text() == PAGE
+    assert page.locator("#verdict a").get_attribute("href") == f"/dashboard/placement?name={PAGE}"
+    late = until(lambda: page.evaluate("Gantt.state.late"))
+    assert late["task"] == "layers.3.experts"
+    assert PAGE in late["text"]
+    assert page.locator(".parts i").count() >= 2
+    assert f"step={SLOW}" in page.url
+    assert wrong == []
+
+
+def test_the_page_says_which_was_slowest_and_opens_it(browser: Any, url: str) -> None:
+    page, wrong = opened(browser, url)
+    page.click("#slowest")
+    page.wait_for_selector(f"#verdict:has-text('{PAGE}')")
+    page.go_back()
+    page, _ = opened(browser, f"{url}/tokens?step={SLOW}")
+    page.wait_for_selector(f"#verdict:has-text('{PAGE}')")
+    page.click("#tasks summary")
+    table = page.inner_text("#tasks table")
+    assert PAGE in table
+    assert "layers.5.attention" in table
+    assert wrong == []
+
+
+def test_all_of_it_works_by_keyboard(browser: Any, url: str) -> None:
+    page, wrong = opened(browser, url)
+    drawn(page)
+    page.focus(".strip canvas")
+    for key in ("Home", "ArrowRight", "ArrowRight", "Enter"):
+        page.keyboard.press(key)
+    page.wait_for_selector(".answer h2:has-text('Step 2:')")
+    assert page.get_attribute(".strip canvas", "aria-valuenow") == "2"
+    assert "Step 2: decode, 1 token" in str(page.get_attribute(".strip canvas", "aria-valuetext"))
+    page.keyboard.press("s")
+    page.wait_for_selector(f".answer h2:has-text('Step {SLOW}:')")
+    page.keyboard.press("/")
+    page.keyboard.type("experts.17")
+    assert page.inner_text(".found") == "1 match in this step"
+    page.keyboard.press("Enter")
+    assert page.inner_text(".found").startswith(f"1 of 1: {PAGE}")
+    page.keyboard.press("Escape")
+    assert page.input_value("#find") == ""
+    page.focus(".gantt canvas")
+    before = span(page)
+    page.keyboard.press("+")
+    settled(page)
+    assert span(page) < before
+    page.keyboard.press("Home")
+    settled(page)
+    assert span(page) > made().seconds * 1e9
+    page.keyboard.press("?")
+    assert page.is_visible("#help-text")
+    page.keyboard.press("Escape")
+    page.keyboard.press("3")
+    until(lambda: page.url.endswith("/placement"))
+    assert page.get_attribute("#views a[aria-current=page]", "data-view") == "placement"
+    page.go_back()
+    page.wait_for_selector(f".answer h2:has-text('Step {SLOW}:')")
+    assert wrong == []
+
+
+def test_zooming_fetches_finer_tiles_and_clicking_one_opens_its_step(browser: Any, url: str) -> None:
+    page, wrong = opened(browser, url)
+    drawn(page)
+    tiles = page.evaluate("Gantt.state.tiles.tiles")
+    box = page.locator(".gantt canvas").bounding_box()
+    page.mouse.move(box["x"] + 600, box["y"] + box["height"] - 60)
+    page.keyboard.down("Control")
+    for _ in range(12):
+        page.mouse.wheel(0, -240)
+        settled(page)
+    page.keyboard.up("Control")
+    until(lambda: page.evaluate("Gantt.state.tiles.asked === 0 && Gantt.state.tiles.wanted === 0"))
+    assert span(page) < 2e6
+    assert page.evaluate("Gantt.state.tiles.tiles") > tiles
+    before = page.evaluate("Gantt.state.view.from")
+    page.mouse.down()
+    page.mouse.move(box["x"] + 500, box["y"] + box["height"] - 60, steps=4)
+    page.mouse.up()
+    settled(page)
+    assert page.evaluate("Gantt.state.view.from") > before
+    lane = box["y"] + page.evaluate("Gantt.state.y(0)")
+    for x in range(150, 900, 40):
+        page.mouse.move(box["x"] + x, lane)
+        if page.is_visible("#tip") and "on cpu, step" in page.inner_text("#tip"):
+            break
+    says = page.inner_text("#tip")
+    page.mouse.down()
+    page.mouse.up()
+    step = says.split("step ")[1].split("\n")[0]
+    page.wait_for_selector(f".answer h2:has-text('Step {step}:')")
+    page.click("#whole-trace")
+    settled(page)
+    assert span(page) > made().seconds * 1e9
+    assert wrong == []
+
+
+def test_requests_and_marks_are_on_the_axis(browser: Any, url: str) -> None:
+    page, wrong = opened(browser, url)
+    drawn(page)
+    until(lambda: page.evaluate("Gantt.state.requests") == 1)
+    box = page.locator(".gantt canvas").bounding_box()
+    left = page.evaluate("Gantt.state.x(0.05)")
+    said = set()
+    for y in range(30, 110, 4):
+        page.mouse.move(box["x"] + left, box["y"] + y)
+        said.add(page.inner_text("#tip") if page.is_visible("#tip") else "")
+    assert any(text.startswith("Request 7: 16 prompt tokens") and "first token after" in text for text in said)
+    assert "1 running, 0 waiting" in said
+    page.mouse.move(box["x"] + page.evaluate(f"Gantt.state.x({made().marks[0].time})"), box["y"] + 44)
+    assert "node1 is lost" in page.inner_text("#tip")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("width", [360, 768, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_every_window_in_both_colour_schemes(browser: Any, url: str, width: int, scheme: str) -> None:
+    page, wrong = opened(browser, f"{url}/tokens?step={SLOW}", width, color_scheme=scheme)
+    drawn(page)
+    page.wait_for_selector("#verdict")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert light == (scheme == "light")
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    colours = page.eval_on_selector(".gantt canvas", COLOURS)
+    assert max(colours, key=colours.get) in (background, page.evaluate("Colours.css('card')"))
+    assert wrong == []
+
+
+def test_the_theme_can_be_chosen_and_is_kept(browser: Any, url: str) -> None:
+    page, wrong = opened(browser, url)
+    drawn(page)
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.click("#theme")
+    page.click("#theme")
+    assert page.get_attribute("#theme", "aria-label") == "Colours: dark"
+    settled(page)
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    colours = page.eval_on_selector(".strip canvas", COLOURS)
+    assert dark in colours
+    assert light not in colours
+    page.reload()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == dark
+    assert wrong == []
+
+
+def test_a_step_that_is_not_there_is_told_of(browser: Any, url: str) -> None:
+    page, wrong = opened(browser, f"{url}/tokens?step=999")
+    page.wait_for_selector(".answer h2:has-text('Step 999')")
+    assert "999" in page.inner_text(".answer p")
+    page.wait_for_selector(".strip canvas")
+    assert all("404" in text for text in wrong), "the browser itself notes the status, nothing else went wrong"
+
+
+def test_a_saved_page_opens_from_disk_and_shows_the_same(browser: Any, url: str, tmp_path: Path) -> None:
+    page, wrong = opened(browser, f"{url}/tokens?step={SLOW}")
+    page.wait_for_selector("#verdict a")
+    with page.expect_download() as download:
+        page.click("#save")
+    file = tmp_path / "saved.html"
+    download.value.save_as(file)
+    assert file.stat().st_size <= 5_000_000
+    assert wrong == []
+    saved, wrong = opened(browser, file.as_uri())
+    drawn(saved)
+    assert "saved page" in saved.inner_text("#status")
+    saved.wait_for_selector("#verdict a")
+    assert saved.inner_text("#verdict") == page.inner_text("#verdict")
+    assert saved.inner_text(".answer .facts") == page.inner_text(".answer .facts")
+    assert saved.url.endswith(f"#/tokens?step={SLOW}")
+    assert saved.evaluate("Gantt.state.late.text") == page.evaluate("Gantt.state.late.text")
+    saved.click("#whole-trace")
+    until(lambda: saved.evaluate("Gantt.state.bars") > 100)
+    saved.click("#verdict a")
+    until(lambda: saved.get_attribute("#views a[aria-current=page]", "data-view") == "placement")
+    assert wrong == []
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Any, file: Path) -> None:
+    with served([file], api_keys=("sesame",)) as url:
+        page, _ = opened(browser, url)
+        for key in ("wrong", "sesame"):
+            page.wait_for_selector("#key[open]")
+            page.fill("#key-text", key)
+            page.press("#key-text", "Enter")
+            if key == "wrong":
+                page.wait_for_selector("#key-says:has-text('does not know this API key')")
+        drawn(page)
+        assert page.evaluate("sessionStorage.getItem('ciuic.key')") == "sesame"
+        assert "sesame" not in page.url
+
+
+def test_a_server_that_goes_away_is_told_of(browser: Any, file: Path) -> None:
+    with served([file]) as url:
+        page, _ = opened(browser, url)
+        drawn(page)
+    click_step(page, SLOW)
+    page.wait_for_selector(".answer:has-text('The server cannot be reached')")
+    page.keyboard.press("Escape")
+
+
+def test_text_of_a_recording_is_shown_as_text(browser: Any, tmp_path: Path) -> None:
+    evil = '<img src=x onerror="window.hit = 1">'
+    recording = made()
+    names = [evil if name == PAGE else name for name in recording.names]
+    write_recording(replace(recording, names=names), tmp_path / "evil.json")
+    with served([tmp_path / "evil.json"]) as url:
+        page, wrong = opened(browser, f"{url}/tokens?step={SLOW}")
+        page.wait_for_selector("#verdict a")
+        page.click("#tasks summary")
+        assert evil in page.inner_text("#tasks table")
+        assert page.locator("#view img").count() == 0
+        assert page.evaluate("window.hit") is None
+        assert wrong == []
+
+
+@contextmanager
+def serving(llm: LLM) -> Iterator[str]:
+    """The address of the dashboard that `ciuic serve` has."""
+    config = ServerConfig(port=0)
+    with listening(config) as address:
+        service = EngineService(llm, max_waiting=config.max_waiting)
+        urls: list[str] = []
+        ready = threading.Event()
+
+        def up(url: str) -> None:
+            urls.append(url)
+            ready.set()
+
+        server = Server(service, config, up)
+        thread = threading.Thread(target=lambda: server.run(sockets=[address]))
+        thread.start()
+        try:
+            assert ready.wait(30), "the server does not come up"
+            yield f"{urls[0]}/dashboard"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+
+def test_steps_arrive_live(browser: Any, tiny_int4: Path, here: Topology) -> None:
+    with (
+        LLM(tiny_int4, devices=here, max_model_len=256, max_num_seqs=4, threads=1, serving=True) as llm,
+        serving(llm) as url,
+    ):
+        page, wrong = opened(browser, url)
+        page.wait_for_selector("#status:has-text('live')")
+        page.wait_for_selector(".answer:has-text('No step is recorded yet')")
+        generate(url, tiny_int4.name)
+        until(lambda: page.evaluate("Strip.state.steps") >= 40)
+        seen = page.evaluate("Strip.state.steps")
+        generate(url, tiny_int4.name)
+        until(lambda: page.evaluate("Strip.state.steps") >= seen + 40)
+        assert page.evaluate("Strip.state.follow")
+        until(lambda: page.evaluate("Gantt.state.requests") == 2)
+        page.click("#slow button")
+        page.wait_for_selector(".answer h2:has-text('Step ')")
+        until(lambda: page.evaluate("Gantt.state.bars") > 0)
+        asked = page.evaluate(
+            "performance.getEntriesByName(location.origin + '/dashboard/api/0/steps?most=2000').length"
+        )
+        assert asked == 1, "new steps are added, not all of them asked for again"
+        assert wrong == []
+
+
+def generate(url: str, model: str) -> None:
+    """40 tokens, over the API."""
+    body = {"model": model, "prompt": "hello there", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    asked = urllib.request.Request(
+        url.replace("/dashboard", "/v1/completions"), json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        assert json.loads(answer.read())["usage"]["completion_tokens"] == 40
