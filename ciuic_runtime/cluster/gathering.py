@@ -39,6 +39,7 @@ class Gathered:
 
     def __init__(self) -> None:
         self.recorder = Recorder()
+        self._wall = wall_offset()
         self.clear(0)
 
     def clear(self, sent: int) -> None:
@@ -98,7 +99,7 @@ class Gathered:
         self._renumber(rows, "cause", record.names, str)
         self._renumber(rows, "lane", record.names, stage.lane)
         for key in ("start", "end"):
-            rows[key] -= _wall()
+            rows[key] -= self._wall
         return rows
 
     def _renumber(self, rows: Rows, column: str, names: Sequence[str], named: Callable[[str], str]) -> None:
@@ -117,7 +118,7 @@ class Gathered:
         number = self.recorder.number
         task, lane = number(src.plan.tasks[-1]), number(f"{src.lane(src.last)} -> {dst.lane(dst.first)}")
         made = {n: (end, nbytes) for n, end, nbytes in zip(sent.passes, sent.ends, sent.nbytes, strict=True)}
-        idle, wall, found = self._idle_since.get(dst.index, 0.0), _wall(), []
+        idle, wall, found = self._idle_since.get(dst.index, 0.0), self._wall, []
         for n, begun, end in zip(got.passes, got.starts, got.ends, strict=True):
             if n in made and n in steps and (start := max(made[n][0], idle)) < begun:
                 found.append((task, lane, steps[n], COPY, made[n][1], start - wall, begun - wall, NONE))
@@ -125,6 +126,9 @@ class Gathered:
         return np.array(found, COLUMNS)
 
 
-def _wall() -> float:
-    """What to take off a wall time to have one of this process's time.perf_counter()."""
-    return time.time() - time.perf_counter()
+def wall_offset() -> float:
+    """What to take off a wall time to have one of this process's time.perf_counter(); both are looked at more than
+    once, since a process may be held up in between. To be asked for once: another look is another offset."""
+    looks = [(time.perf_counter(), time.time(), time.perf_counter()) for _ in range(8)]
+    before, wall, after = min(looks, key=lambda look: look[2] - look[0])
+    return wall - (before + after) / 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ciuic_runtime.cluster.gathering import StageRecord
+from ciuic_runtime.cluster.gathering import StageRecord, wall_offset
 from ciuic_runtime.engine.config import RuntimeConfig
 from ciuic_runtime.engine.draw import Draw, Drawn, draw_all
 from ciuic_runtime.engine.host import LocalHost
@@ -65,6 +64,7 @@ class StageWorker:
         self._host = LocalHost(
             model, graph, schedule, self._checkpoint, plan.num_blocks, config, plan.kernels, plan.threads
         )
+        self._wall = wall_offset()
         self._hidden, self._dtype = model.spec.hidden_size, self._host.executor.handed_on
 
     def run(
@@ -104,8 +104,7 @@ class StageWorker:
         numbers = recorder.passes()
         first, last = bisect_left(numbers, since), bisect_left(numbers, until)
         found = recorder.snapshot(recorder.first_step + first, recorder.first_step + last)
-        begin = time.time() - (time.perf_counter() - recorder.begin)
-        rows = found.rows
+        begin, rows = recorder.begin + self._wall, found.rows
         rows["step"] -= found.first_step
         rows["start"] += begin
         rows["end"] += begin

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from raylets import HEALTH, NODE, children, free_ports, put_back, remove_semaphores, wait_until
+from raylets import HEALTH, NODE, family, free_ports, put_back, remove_semaphores, running, wait_until
 
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -25,7 +25,7 @@ def whole_cluster(ray: Any) -> Iterator[Any]:
     """It takes jobs. At its end nothing may be left of it."""
     from ray.cluster_utils import Cluster
 
-    before, pids = children(), list[int]()
+    left = set[int]()
     made = Cluster()
     try:
         ports = free_ports("dashboard_port", "dashboard_agent_listen_port")
@@ -34,9 +34,10 @@ def whole_cluster(ray: Any) -> Iterator[Any]:
         yield made
     finally:
         pids = [p.process.pid for node in made.list_all_nodes() for one in node.all_processes.values() for p in one]
+        left = family(pids)
         made.shutdown()
         remove_semaphores(pids)
-    wait_until(lambda: children() <= before, "processes are left")
+    wait_until(lambda: not left & running(), "processes are left")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,18 @@ def free_ports(*names: str) -> dict[str, Any]:
         return {name: one.getsockname()[1] for name, one in zip(names, taken, strict=True)}
 
 
-def children() -> set[int]:
-    return {p.pid for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE}
+def family(pids: Iterable[int]) -> set[int]:
+    """These processes and all that they started, as far as they are there."""
+    found = set[int]()
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one = psutil.Process(pid)
+            found |= {one.pid, *(child.pid for child in one.children(recursive=True))}
+    return found
+
+
+def running() -> set[int]:
+    return {p.pid for p in psutil.process_iter(["status"]) if p.info["status"] != psutil.STATUS_ZOMBIE}
 
 
 def wait_until(true: Callable[[], bool], otherwise: str) -> None:

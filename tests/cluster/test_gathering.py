@@ -141,7 +141,7 @@ def record(passes: list[int], spans: list[tuple[float, float]], names: tuple[str
 
 def test_a_hop_is_what_the_next_stage_was_kept_waiting(monkeypatch: Any) -> None:
     """Passes 3 and 5 ended; 4 was abandoned, and one stage was busy when 5 came."""
-    monkeypatch.setattr("ciuic_runtime.cluster.gathering._wall", lambda: 1000.0)
+    monkeypatch.setattr("ciuic_runtime.cluster.gathering.wall_offset", lambda: 1000.0)
     gathered = Gathered()
     gathered.clear(3)
     for number in (3, 5):
