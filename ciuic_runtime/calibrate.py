@@ -229,7 +229,8 @@ class _Fit:
     def _of(self, operator: str, size: float, overhead: float, points: tuple[Point, ...]) -> Curve:
         device = self.device
         return Curve(
-            device.name, device.threads, self.graph.format, operator, size, overhead, points, self.peak, self.bandwidth
+            device.name, device.threads, self.graph.format, operator, size, overhead, points, self.peak, self.bandwidth,
+            time.time(),
         )  # fmt: skip
 
     def _counts(self, task: Task, one: Pass) -> bool:

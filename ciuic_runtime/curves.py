@@ -98,7 +98,7 @@ def _curve_of(entry: Any) -> Curve | None:
         return Curve(
             str(entry["device"]), int(entry["threads"]), str(entry["format"]), str(entry["operator"]),
             _number(entry["size"]), _number(entry["overhead"]), points,
-            *(None if entry[key] is None else _number(entry[key]) for key in ("peak", "bandwidth")),
+            *(None if entry.get(key) is None else _number(entry[key]) for key in ("peak", "bandwidth", "measured")),
         )  # fmt: skip
     except (TypeError, ValueError, KeyError):
         return None

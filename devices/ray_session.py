@@ -79,6 +79,12 @@ def _say_on_stderr(ray: Any) -> None:
     worker.print_to_stdstream = on_stderr
 
 
+def dashboard_address(ray: Any) -> str | None:
+    """Of the cluster's own dashboard, as its head knows it; None: it has none, or nothing is joined any more."""
+    found = ray._private.worker.get_dashboard_url() if ray.is_initialized() else None
+    return f"http://{found}" if found else None
+
+
 def asks_for_token(gcs: str) -> bool:
     """Whether the head that listens at this address lets nobody in without one: it is asked a question without."""
     import grpc

@@ -57,6 +57,7 @@ class Curve:
     points: tuple[Point, ...] = ()  # by rows
     peak: float | None = None  # operations/s: what its shares are of, measured beside them; None: the device's own
     bandwidth: float | None = None  # bytes/s, likewise
+    measured: float | None = None  # when, unix time, s
 
     def at(self, rows: float) -> tuple[float, float]:
         """The shares (compute, memory) at a number of rows: interpolated in log space, at the ends held."""

@@ -22,7 +22,7 @@ from ciuic_runtime.cluster.stage_worker import StagePlan
 from ciuic_runtime.cluster.watch import Watch
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput, OutOfMemory
 from ciuic_runtime.devices.ray_nodes import NODE_ID, node_ids
-from ciuic_runtime.devices.ray_session import import_ray, join
+from ciuic_runtime.devices.ray_session import dashboard_address, import_ray, join
 from ciuic_runtime.engine.config import RuntimeConfig
 from ciuic_runtime.engine.engine import StageLost
 from ciuic_runtime.engine.recorder import Recorder
@@ -261,6 +261,9 @@ class ClusterHost:
 
     def page_counts(self) -> dict[str, PageCounts]:
         return self.runner.gathered.page_counts()
+
+    def ray_dashboard(self) -> str | None:
+        return dashboard_address(self.ray)
 
     def expert_uses(self) -> dict[str, list[int]]:
         return self.runner.gathered.expert_uses()

@@ -13,7 +13,7 @@ from typing import Any
 
 from ciuic_runtime.basis import Basis
 from ciuic_runtime.dashboard.plans import Plans
-from ciuic_runtime.dashboard.source import Shown, Source
+from ciuic_runtime.dashboard.source import Shown, Source, nodes_of
 from ciuic_runtime.engine.service import EngineService
 
 PERIOD = 0.25  # s between two looks
@@ -66,7 +66,12 @@ class LiveSource(Source):
         stats = self._service.stats()
         return self._service.draining and not stats.running and not stats.waiting
 
+    @property
+    def ray_dashboard(self) -> str | None:
+        return self._llm.ray_dashboard
+
     def _use(self, basis: Basis) -> None:
+        self.nodes_before |= dict.fromkeys(nodes_of(self.basis)) if self.basis else {}
         self.basis, self.schedule = basis, basis.schedule
         self.plans = Plans(basis.forecaster)
 

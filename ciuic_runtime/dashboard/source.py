@@ -21,6 +21,7 @@ from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.model import Model
 from ciuic_runtime.models.config import known_names
 from ciuic_runtime.schedulers.chrome import read_recording
+from ciuic_runtime.schedulers.memory import node_of
 from ciuic_runtime.schedulers.recording import COLUMNS, Recording
 from ciuic_runtime.schedulers.schedule import Schedule
 
@@ -72,6 +73,7 @@ class Source:
         self.basis, self.why_no_basis = basis, why_no_basis
         self.plans = Plans(basis.forecaster if basis else None, why_no_basis)
         self._whatif: WhatIf | None = None
+        self.nodes_before: dict[str, None] = {}  # of a cluster, those of earlier plans
 
     @property
     def recording(self) -> Recording:
@@ -105,6 +107,15 @@ class Source:
             there = f"steps {first} to {first + count - 1} are known" if count else "no steps are known"
             raise InvalidInput(f"there is no step {text}; {there}")
         return int(text)
+
+
+def nodes_of(basis: Basis) -> dict[str, list[str]]:
+    """Of a cluster: the devices that compute, by node; on one machine, by stage."""
+    found: dict[str, list[str]] = {}
+    if basis.pipelining is not None:
+        for device in basis.forecaster.carried_out.devices_used():
+            found.setdefault(node_of(device).partition("/")[0], []).append(device)
+    return found
 
 
 def open_file(path: Path) -> Source:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from ciuic_runtime.dashboard.source import Source
+from ciuic_runtime.dashboard.source import Source, nodes_of
 from ciuic_runtime.schedulers.lanes import SHOWN, lane_kind
-from ciuic_runtime.schedulers.memory import node_of
 from ciuic_runtime.schedulers.recording import MEMORY
 
 SCHEMA_VERSION = 1
@@ -45,11 +44,10 @@ def _missing(source: Source) -> list[str]:
 
 
 def _nodes(source: Source) -> list[dict[str, Any]]:
-    """Of a cluster: those that compute now, and those that were lost."""
-    basis = source.basis
-    if basis is None or basis.pipelining is None:
-        return []
-    nodes: dict[str, list[str]] = {}
-    for device in basis.forecaster.carried_out.devices_used():
-        nodes.setdefault(node_of(device).partition("/")[0], []).append(device)
-    return [{"name": name, "stages": stages, "alive": True} for name, stages in nodes.items()]
+    """Of a cluster: those that compute now, and those that an earlier plan had."""
+    now = nodes_of(source.basis) if source.basis else {}
+    gone = [name for name in source.nodes_before if name not in now]
+    return [
+        *({"name": name, "stages": stages, "alive": True} for name, stages in now.items()),
+        *({"name": name, "stages": [], "alive": False} for name in gone),
+    ]

@@ -3,6 +3,7 @@ Knows a source's schedule and what its forecasts are made with."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -31,7 +32,7 @@ def why_answer(source: Source) -> dict[str, Any]:
         "candidates": candidates(schedule), "bound": bound,
         "gap": bound["decode_tokens_per_s"] / rate - 1 if bound and rate else None,
         "binding": predicted.bound_by if predicted else "", "figures": _figures(source, schedule),
-        "calibration": _calibration(source.basis), "history": _history(schedule),
+        "calibration": _calibration(source.basis, source.recording.began), "history": _history(schedule),
         "notes": [*schedule.notes, *([source.why_no_basis] if source.why_no_basis else [])],
     }  # fmt: skip
 
@@ -89,14 +90,17 @@ def _recosted(basis: Basis | None, recording: Recording) -> Any:
         return None
 
 
-def _calibration(basis: Basis | None) -> dict[str, Any]:
+def _calibration(basis: Basis | None, began: float | None) -> dict[str, Any]:
+    """How old it was when the recording began (unix time, s); without one, how old it is."""
     known = basis.calibration if basis else None
     used = set(basis.schedule.devices_used()) if basis else set()
     curves = [c for c in known.curves if c.device in used] if known else []
     spreads = sorted(c.spread for c in curves if c.points)
+    dates = [c.measured for c in curves if c.measured is not None]
     return {
         "basis": "measured" if curves else known.basis if known else "estimated",
-        "age_s": None, "model_error": known.model_error if known else None,
+        "age_s": max(0.0, (began or time.time()) - min(dates)) if dates else None,
+        "model_error": known.model_error if known else None,
         "spread": spreads[len(spreads) // 2] if spreads else None,
         "curves": [
             {

@@ -63,6 +63,9 @@ class Host(Protocol):
     def expert_uses(self) -> Mapping[str, Sequence[int]]:
         """By task: tokens that used each expert. Of routers that choose in the host's memory."""
 
+    def ray_dashboard(self) -> str | None:
+        """The address of Ray's own, of a cluster that has one."""
+
     def clear_trace(self) -> None:
         """Forgets all of that."""
 
@@ -129,6 +132,9 @@ class LocalHost:
 
     def page_counts(self) -> dict[str, PageCounts]:
         return self.memory.page_counts() if self.memory is not None else {}
+
+    def ray_dashboard(self) -> None:
+        return None
 
     def expert_uses(self) -> dict[str, list[int]]:
         return {task: uses.counts() for task, uses in self.executor.expert_uses.items()}

@@ -281,6 +281,11 @@ class LLM:
         return replace(recorded, basis=facts.basis, pages=pages, expert_uses=uses)
 
     @property
+    def ray_dashboard(self) -> str | None:
+        """The address of Ray's own dashboard, of a cluster that has one."""
+        return self._host.ray_dashboard()
+
+    @property
     def basis(self) -> Basis:
         """What its forecasts are made with."""
         return self._setup.basis(self.schedule)

@@ -87,7 +87,10 @@
       for (const name of ["num_events", "num_steps", "first_step"]) summary[name] = event[name] ?? summary[name];
       summary.seconds = Math.max(event.recorded_s ?? 0, summary.seconds, ...event.end.slice(-1));
     }
-    if (event.type === "marks") summary.marks = event.marks;
+    if (event.type === "marks") {
+      summary.marks = event.marks;
+      Data.get("summary").then((now) => { summary.nodes = now.nodes; status(); });
+    }
     status();
     shown?.handle.live?.(event);
   }
@@ -103,6 +106,7 @@
       summary.num_events ? Units.number(summary.num_events, "event") : "",
       summary.seconds ? Units.seconds(summary.seconds) : "",
       simulated.length ? `${simulated.join(", ")} simulated` : "",
+      (summary.nodes || []).map((node) => node.alive ? node.name : `${node.name} (not used any more)`).join(", "),
     ];
     const text = parts.filter(Boolean).join(" · ");
     if (line.dataset.text === text && line.dataset.on === String(connected)) return;

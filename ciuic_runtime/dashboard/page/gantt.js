@@ -387,6 +387,7 @@ const Gantt = (() => {
     watch.observe(canvas);
     state.x = (seconds) => gutter + ((seconds * 1e9 - view.from) / (view.to - view.from)) * (canvas.clientWidth - gutter);
     state.y = (lane) => laneTop(lane) + 20;
+    Object.defineProperty(state, "marks", { get: () => summary.marks || [] });
     Gantt.state = state;
     Object.defineProperty(state, "tiles", { get: () => tiles?.state });
     return Gantt.current = {
