@@ -4,6 +4,7 @@ Knows the user's rules, which a policy cannot overrule; whether the result fits 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.schedulers.assignment import Assignment, ModelSummary
@@ -73,6 +74,12 @@ class ScheduleDraft:
         return schedule_of(self.graph, self.topology, self.workload, self.where, policy)
 
 
+@lru_cache(maxsize=1 << 17)
+def _row(task: str, device: str, nbytes: int) -> Assignment:
+    """Candidates have most of their rows in common, of large models tens of thousands."""
+    return Assignment(task, device, device, nbytes)
+
+
 def schedule_of(
     graph: TaskGraph, topology: Topology, workload: Workload, where: Mapping[str, str], policy: str
 ) -> Schedule:
@@ -86,6 +93,6 @@ def schedule_of(
         if page.name in shared:
             nbytes = 0 if (page.name, device) in held else nbytes
             held.add((page.name, device))
-        rows.append(Assignment(row, device, device, nbytes))
+        rows.append(_row(row, device, nbytes))
     model = ModelSummary(graph.name, graph.format, graph.parameters, graph.active_parameters)
     return Schedule(model, workload, topology, tuple(rows), policy)
