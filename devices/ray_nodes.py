@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -115,6 +115,18 @@ def _looked_at(
 
 def _part(known: Topology, node: str) -> Topology:
     return known.only(d.name for d in known.devices if d.name.rpartition("/")[0] == node)
+
+
+def machine_of(nodes: Sequence[dict[str, Any]], node_id: str) -> str:
+    """What stays of a node that leaves and joins again under another id: its host's name and address. Where another
+    live node has the same, so that they are several of one machine, and where Ray does not know it: its id."""
+
+    def place(node: dict[str, Any]) -> str:
+        return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+
+    mine = next((place(n) for n in nodes if n["NodeID"] == node_id), node_id)
+    alike = any(n["Alive"] and n["NodeID"] != node_id and place(n) == mine for n in nodes)
+    return node_id if alike else mine
 
 
 def nodes_of(ray: Any) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 from typing import Any
 
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput
@@ -32,17 +33,38 @@ def import_ray(insecure: bool = False) -> Any:
 
 
 def join(address: str | None, insecure: bool = False) -> Any:
-    """Ray, joined to the cluster at `address` (None: one of this machine's own). Raises CiuicError where there is none,
-    InvalidInput where there is no token, or the cluster asks for none."""
+    """Ray, joined to the cluster at `address` (None: what this process has joined, else one of this machine's own).
+    Raises CiuicError where there is none, InvalidInput where there is no token, the cluster asks for none, or this
+    process has joined another one."""
     ray = import_ray(insecure and address is not None)
-    if ray.is_initialized():
+    known, joined = has_token(), ray.is_initialized()
+    if joined and address is None:
         return ray
-    known = has_token()
     if address is not None and not known and not insecure:
         raise InvalidInput(
             f"the cluster at {address} would be joined without a token, so that anybody could; make one with `ray "
             "get-auth-token --generate` on its head, copy it to every node, or give --insecure"
         )
+    if not joined:
+        _begin(ray, address, known)
+    gcs = ray.get_runtime_context().gcs_address
+    if joined and address is not None and not _same_place(address, gcs):
+        raise InvalidInput(
+            f"this process has joined the cluster at {gcs}, and {address} was asked for; leave it with ray.shutdown() "
+            "first, or use another process"
+        )
+    if address is not None and not insecure and not asks_for_token(gcs):
+        if not joined:
+            ray.shutdown()
+        raise InvalidInput(
+            f"the cluster at {gcs} asks for no token, so that anybody can use it; start it with RAY_AUTH_MODE=token on "
+            "every node, or give --insecure"
+        )
+    return ray
+
+
+def _begin(ray: Any, address: str | None, known: bool) -> None:
+    """`known`: a token is."""
     if address is None and not known:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     _say_on_stderr(ray)
@@ -54,14 +76,29 @@ def join(address: str | None, insecure: bool = False) -> Any:
     except Exception as error:
         where = f"the cluster at {address}" if address else "a Ray cluster on this machine"
         raise CiuicError(f"{where} could not be reached: {error}; is it running, and is the token its own?") from error
-    gcs = ray.get_runtime_context().gcs_address
-    if address is not None and not insecure and not asks_for_token(gcs):
-        ray.shutdown()
-        raise InvalidInput(
-            f"the cluster at {gcs} asks for no token, so that anybody can use it; start it with RAY_AUTH_MODE=token on "
-            "every node, or give --insecure"
-        )
-    return ray
+
+
+def _same_place(address: str, gcs: str) -> bool:
+    """Whether HOST:PORT is the head at `gcs`: under another name, or, on its own machine, as localhost. "auto" is
+    whatever runs here."""
+    if address == "auto":
+        return True
+    import psutil  # type: ignore[import-untyped]
+
+    (host, _, port), (head, _, at) = address.rpartition(":"), gcs.rpartition(":")
+    if port != at:
+        return False
+    asked, there = _ip_addresses(host), _ip_addresses(head)
+    if any(ip.startswith("127.") or ip == "::1" for ip in asked):
+        asked |= {one.address for found in psutil.net_if_addrs().values() for one in found}
+    return bool(asked & there)
+
+
+def _ip_addresses(host: str) -> set[str]:
+    try:
+        return {str(found[4][0]) for found in socket.getaddrinfo(host.strip("[]"), None)}
+    except OSError:
+        return {host}
 
 
 def _say_on_stderr(ray: Any) -> None:
@@ -93,7 +130,14 @@ def asks_for_token(gcs: str) -> bool:
         try:
             channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=ANSWER_SECONDS)
         except grpc.RpcError as error:
-            return bool(error.code() is not grpc.StatusCode.UNIMPLEMENTED)  # then it heard us out
+            code = error.code()
+            if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                return True
+            if code is not grpc.StatusCode.UNIMPLEMENTED:  # then it heard us out
+                raise CiuicError(
+                    f"whether the cluster at {gcs} asks for a token could not be found out: {code.name}, "
+                    f"{error.details()}; try again, or give --insecure"
+                ) from error
     return False
 
 

@@ -38,11 +38,16 @@ WRITE_ONE = "`ciuic run MODEL --trace FILE` and `ciuic plan MODEL --trace FILE` 
 def write_recording(recording: Recording, path: str | Path) -> None:
     """Complete events have one thread per lane, on which they do not overlap; samples of memory are counters,
     evictions and marks are instants, and requests are a process of their own with a thread for each."""
+    write_whole(path, recording_text(recording))
+
+
+def recording_text(recording: Recording) -> str:
+    """What `write_recording` writes."""
     lines = [*_heads(recording), *_events(recording), *_marks(recording), *_requests(recording)]
     other = json.dumps({"notes": "; ".join(recording.notes), "ciuic": _beside(recording)})
-    write_whole(path, "".join((
+    return "".join((
         '{"displayTimeUnit":"ms","traceEvents":[\n', ",\n".join(lines), '\n],\n"otherData":', other, "}\n",
-    )))  # fmt: skip
+    ))  # fmt: skip
 
 
 def read_recording(path: str | Path) -> Recording:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -120,6 +120,19 @@ class Placement:
                 rows.sort(key=lambda row: -popularity.get(row, 0.0))
             orders.append(Order(rule, rows, _devices(rule, topology)))
         return spread(orders, graph, topology, workload or Workload())
+
+    def left_on(self, topology: Topology) -> Placement | None:
+        """These rules without the devices that are gone, and without those that name nothing else; shares go to what
+        is left. For rules that could all be kept once."""
+        left = []
+        for rule in self.rules:
+            there = [i for i, pattern in enumerate(rule.on) if _named(pattern, topology)]
+            on, shares = tuple(rule.on[i] for i in there), tuple(rule.shares[i] for i in there if rule.shares)
+            if shares and not sum(shares):  # all of it was to be on what is gone
+                left.append(replace(rule, on=on, by="order", shares=()))
+            elif on:
+                left.append(replace(rule, on=on, shares=shares))
+        return Placement(tuple(left)) if left else None
 
     def homes(self, graph: TaskGraph, topology: Topology) -> dict[str, str]:
         """Row name -> the disk that stores its weights, for everything that a rule does not store where it is computed.

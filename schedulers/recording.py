@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
+from ciuic_runtime.schedulers.graph import PHASES, Phase, task_kind
 from ciuic_runtime.schedulers.trace import Event, EventKind, StepInfo, Trace
 
 MarkKind = Literal["lost", "replanned", "recovered", "joined"]
@@ -77,6 +78,18 @@ class PageCounts:
     reads: int
     waited_s: float  # by passes, where it was the page that came last
     resident: bool  # now
+    bytes_read: int
+    evictions: int
+
+
+@dataclass(frozen=True)
+class _Summed(Trace):
+    """A trace whose events are only known summed up."""
+
+    seconds_of: Mapping[Phase, Mapping[str, float]] = field(default_factory=dict)
+
+    def seconds_by_kind(self, phase: Phase) -> dict[str, float]:
+        return dict(self.seconds_of[phase])
 
 
 @dataclass(frozen=True)
@@ -131,6 +144,29 @@ class Recording:
             for task, lane, step, kind, nbytes, start, end, cause in kept.tolist()
         )  # fmt: skip
         return Trace(events, tuple(self.steps), self.source, tuple(self.devices), tuple(self.notes))
+
+    def summed(self) -> Trace:
+        """As `trace()`, for its figures alone: what took how long is summed up here, and there are no event objects."""
+        seconds = {phase: self.seconds_by_kind(phase) for phase in PHASES}
+        return _Summed((), tuple(self.steps), self.source, tuple(self.devices), tuple(self.notes), seconds_of=seconds)
+
+    def seconds_by_kind(self, phase: Phase) -> dict[str, float]:
+        """As that of its trace."""
+        kinds: dict[str, int] = {}
+
+        def number(kind: str) -> int:
+            return kinds.setdefault(kind, len(kinds))
+
+        of_row = np.array([number(kind) for kind in KINDS], np.intp)
+        of_task = np.array([number(task_kind(name)) for name in self.names], np.intp)
+        mine = np.array([info.phase == phase for info in self.steps] or [phase == "decode"])
+        rows = self.rows[self.rows["kind"] < READ]
+        rows = rows[mine[rows["step"] - self.first_step if self.steps else np.zeros(len(rows), np.intp)]]
+        found = np.where(rows["kind"] == COMPUTE, of_task[rows["task"]], of_row[rows["kind"]])
+        total = np.bincount(found, rows["end"] - rows["start"], len(kinds))
+        there, first = np.unique(found, return_index=True)
+        names = list(kinds)
+        return {names[n]: float(total[n]) for n in there[np.argsort(first)].tolist()}
 
     def _phase(self, step: int) -> Any:
         return self.steps[step - self.first_step].phase if self.steps else "decode"

@@ -7,10 +7,11 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput
 
@@ -25,6 +26,7 @@ class Answer:
     id: str  # of the model that runs: its job's, or its process's
     moves: bool  # it goes on by another plan
     text: str
+    heard: bool = True  # else it said nothing, and the text is ours
 
 
 def name_of_this_run() -> str:
@@ -32,15 +34,25 @@ def name_of_this_run() -> str:
 
 
 class Mailbox:
-    """Of one model that runs."""
+    """Of one model that runs. Where this process has others of that name open, a number is added to it."""
+
+    _names: ClassVar[set[str]] = set()  # of this process
+    _naming: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, ray: Any, id: str, about: dict[str, Any]) -> None:
-        self._kv, self.id = _Store(ray), id
-        self._last = self._kv.get(f"ask/{id}")  # of one that had the same name
-        self._kv.put(f"runs/{id}", about)
+        self._kv, self._about = _Store(ray), about
+        with self._naming:
+            names = (id, *(f"{id}-{i + 2}" for i in range(len(self._names))))
+            self.id = next(name for name in names if name not in self._names)
+            self._names.add(self.id)
+        self._last = self._kv.get(f"ask/{self.id}")  # of one that had the same name
+        self._kv.put(f"runs/{self.id}", about)
 
     def asked(self) -> Any | None:
-        """What was asked since the last time; that it was heard is said at once."""
+        """What was asked since the last time; that it was heard is said at once. Whoever took it for ended hears that
+        it is there."""
+        if self._kv.get(f"runs/{self.id}") is None:
+            self._kv.put(f"runs/{self.id}", self._about)
         found = self._kv.get(f"ask/{self.id}")
         if found is None or found == self._last:
             return None
@@ -52,13 +64,15 @@ class Mailbox:
         self._kv.put(f"answer/{self.id}", {"to": to, "moves": moves, "text": text})
 
     def close(self) -> None:
+        with self._naming:
+            self._names.discard(self.id)
         for key in ("runs", "ask", "answer"):
             self._kv.delete(f"{key}/{self.id}")
 
 
 def ask(ray: Any, id: str | None, say: Callable[[str], None]) -> list[Answer]:
     """Has one model that runs on the cluster, or all of them, look for nodes that its plan lacks. Raises InvalidInput
-    where there is none of that name, CiuicError where one does not answer."""
+    where there is none of that name, CiuicError where none answers."""
     kv = _Store(ray)
     running = kv.names("runs/")
     if id is not None and id not in running:
@@ -69,11 +83,15 @@ def ask(ray: Any, id: str | None, say: Callable[[str], None]) -> list[Answer]:
     wanted, question = [id] if id is not None else running, secrets.token_hex(8)
     for one in wanted:
         kv.put(f"ask/{one}", question)
-    return [_answer(kv, one, question, say) for one in wanted]
+    begin = time.monotonic()
+    answers = [_answer(kv, one, question, begin, say) for one in wanted]
+    if not any(answer.heard for answer in answers):
+        raise CiuicError("; ".join(f"{answer.id} {answer.text}" for answer in answers))
+    return answers
 
 
-def _answer(kv: _Store, id: str, question: str, say: Callable[[str], None]) -> Answer:
-    begin, heard = time.monotonic(), False
+def _answer(kv: _Store, id: str, question: str, begin: float, say: Callable[[str], None]) -> Answer:
+    heard = False
     while True:
         found = kv.get(f"answer/{id}") or {}
         if found.get("to") == question and "text" in found:
@@ -81,11 +99,11 @@ def _answer(kv: _Store, id: str, question: str, say: Callable[[str], None]) -> A
         if found.get("to") == question and not heard:
             heard = True
             say(f"{id} looks for new nodes")
-        if time.monotonic() - begin > (ANSWER_SECONDS if heard else HEARD_SECONDS):
-            if not heard:  # nobody is there to take its name away
+        if (waited := time.monotonic() - begin) > (ANSWER_SECONDS if heard else HEARD_SECONDS):
+            if not heard:  # nobody is there to take its name away; one that is puts it back
                 kv.delete(f"runs/{id}")
             what = "still looks" if heard else "did not hear, and is taken for ended"
-            raise CiuicError(f"{id} {what} after {time.monotonic() - begin:.0f} s; look at its log, and ask again")
+            return Answer(id, False, f"{what} after {waited:.0f} s; look at its log, and ask again", heard=False)
         time.sleep(0.1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
@@ -82,6 +82,11 @@ class Gathered:
                 self._records[stage.index] = record
                 self._idle_since[stage.index] = max(record.ends, default=self._idle_since.get(stage.index, 0.0))
         self.since = max(self.since, until)
+
+    def renumber(self, stages: Mapping[int, int]) -> None:
+        """Of the stages that go on, the new number by the one before; nothing is known of others."""
+        self._records = {stages[i]: record for i, record in self._records.items() if i in stages}
+        self._idle_since = {stages[i]: end for i, end in self._idle_since.items() if i in stages}
 
     def page_counts(self) -> dict[str, PageCounts]:
         return {name: counts for record in list(self._records.values()) for name, counts in record.pages.items()}

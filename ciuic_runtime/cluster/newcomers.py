@@ -11,7 +11,8 @@ from typing import Any
 
 from ciuic_runtime.cluster.growth import Choice, choose
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput
-from ciuic_runtime.devices.ray_nodes import node_ids, nodes_of, with_node
+from ciuic_runtime.devices.ray_nodes import NODE_ID, node_ids, nodes_of, with_node
+from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.engine.setup import Setup
 from ciuic_runtime.models.checkpoint import open_checkpoint
 from ciuic_runtime.ops.native import instruction_set
@@ -32,14 +33,14 @@ class Newcomers:
         self, now: Setup, asked: bool, used_names: Collection[str], smaller: bool,
         unfit: Callable[[str], str | None],
     ) -> Choice | None:  # fmt: skip
-        """What is to be done about nodes that the plan lacks; None where there are none that can be used. `unfit`: by
-        Ray's id, why a node is not to be used now."""
+        """What is to be done about nodes that the plan lacks; None where there are none that can be used. Nodes that
+        are gone, and that no pass has missed yet, do not count. `unfit`: by Ray's id, why a node is not used now."""
         if asked:
             self.refused.clear()
-        topology, new = now.topology, list[str]()
+        topology, new = self._there(now.topology), list[str]()
         for name, node_id in self._unknown(now, used_names).items():
             if reason := unfit(node_id):
-                self.refused[node_id] = reason
+                self.refused[node_id] = f"{name} is not used: {reason}"
             if node_id in self.refused:
                 continue
             try:
@@ -51,7 +52,12 @@ class Newcomers:
                 log.warning("%s joined, and is not used: %s", name, error)
         if not new:
             return None
-        return choose(now, topology, set(new), set(used_names) - set(node_ids(topology)), smaller)
+        return choose(now, topology, set(new), smaller)
+
+    def _there(self, topology: Topology) -> Topology:
+        """The devices of nodes that are alive."""
+        alive = {n["NodeID"] for n in nodes_of(self.ray)}
+        return topology.only(d.name for d in topology.devices if d.facts.get(NODE_ID) in {None, *alive})
 
     def _unknown(self, now: Setup, used_names: Collection[str]) -> dict[str, str]:
         """Ray's ids of nodes that the plan does not know, by the names that they get."""

@@ -25,9 +25,8 @@ from ciuic_runtime.devices.manager import DeviceManager
 from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.engine.engine import StageLost
 from ciuic_runtime.engine.llm import LLM
+from ciuic_runtime.engine.setup import what_counts
 from ciuic_runtime.report import bench_report
-from ciuic_runtime.schedulers.memory import node_of
-from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.workload import Workload
 from ciuic_runtime.server.config import default_name
 from ciuic_runtime.server.serve import listening, serve
@@ -100,12 +99,9 @@ class Driver:
 
 
 def left_of(job: Job, topology: Topology) -> Job:
-    """Without the rules and budgets that name only nodes that are gone."""
-    there = {node_of(d.name) for d in topology.devices}
-    rules = job.placement.rules if job.placement else ()
-    left = tuple(r for r in rules if any("/" not in on or node_of(on) in there for on in r.on))
-    memory = {device: size for device, size in job.memory.items() if node_of(device) in there}
-    return replace(job, placement=Placement(left) if left else None, memory=memory)
+    """With the rules and budgets that count for nodes that are there."""
+    rules, memory = what_counts(job.placement, job.memory, topology)
+    return replace(job, placement=rules, memory=memory)
 
 
 def why(error: BaseException) -> str:

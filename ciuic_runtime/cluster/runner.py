@@ -7,8 +7,8 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,15 +41,16 @@ LOSSES = (
 
 @dataclass(frozen=True)
 class PlacedStage:
-    """A stage, and where Ray is to put it."""
+    """A stage, and where Ray is to put it. Two are equal where one process can be either: whatever only the driver
+    calls them does not count."""
 
     plan: StagePlan
     node: str  # as the schedule calls it; "" for the only one
     node_id: str | None  # Ray's; None: anywhere
     cores: float  # of those that Ray counts
-    first: str = "cpu"  # devices that compute its first task and its last one, as the stage calls them
-    last: str = "cpu"
-    shares: bool = False  # its node with other stages
+    first: str = field(default="cpu", compare=False)  # device that computes its first task, as the stage calls it
+    last: str = field(default="cpu", compare=False)  # and its last one
+    shares: bool = field(default=False, compare=False)  # its node with other stages
 
     @property
     def index(self) -> int:
@@ -105,27 +106,30 @@ class RayRunner:
         self, stages: Sequence[PlacedStage], lost: Collection[int], progress: Callable[[int, int], None] | None = None
     ) -> None:
         """Replaces the stages: those that are the same and not `lost` keep their process and weights. What was on its
-        way is forgotten. Raises StageLost, after which it can be tried again: those that are there stay."""
+        way is forgotten. Raises StageLost or NoRoom, after which it can be tried again: `stages` are those that are
+        there, and where a node that had none before has no room, that is all that were not lost."""
         self.abandon()
-        there = zip(self.stages, self._actors, self._loads, strict=True)
-        kept = {s: (a, load) for i, (s, a, load) in enumerate(there) if i not in lost and s in stages}
+        self._end(i for i in range(len(self.stages)) if i in lost)
+        self._seats.reserve_elsewhere(stages)
+        self._end(i for i, stage in enumerate(self.stages) if stage not in stages)
         try:
-            self._reserve(stages, kept)
+            self._seats.reserve(stages, self.stages)
         except NoRoom:
-            if not kept:
+            if not self.stages:
                 raise
-            kept = {}  # they may hold a group of which they need a part only
-            self._reserve(stages, kept)
-        running = [kept[s] if s in kept else self._start(s) for s in stages]
+            self._end(range(len(self.stages)))  # they may hold a group of which they need a part only
+            self._seats.reserve(stages, ())
+        kept = {stage: i for i, stage in enumerate(self.stages)}
+        running = [(self._actors[kept[s]], self._loads[kept[s]]) if s in kept else self._start(s) for s in stages]
+        self.gathered.renumber({self.stages[i].index: s.index for s in stages if (i := kept.get(s)) is not None})
         self.stages, self._actors, self._loads = list(stages), [a for a, _ in running], [load for _, load in running]
         self._wait_until_loaded(progress or (lambda done, total: None))
 
-    def _reserve(self, stages: Sequence[PlacedStage], kept: Collection[PlacedStage]) -> None:
-        """Ends all others, and has seats for the stages."""
-        for stage, actor in zip(self.stages, self._actors, strict=True):
-            if stage not in kept:
-                self._kill(actor)
-        self._seats.reserve(stages, kept)
+    def _end(self, which: Iterable[int]) -> None:
+        """Of the stages that are there; what is dead is listed nowhere."""
+        for i in sorted(which, reverse=True):
+            self._kill(self._actors[i])
+            del self.stages[i], self._actors[i], self._loads[i]
 
     def take_stock(self, lost: StageLost | None = None) -> list[StageLost]:
         """All stages that are lost, one of which may be known to be; what the others recorded so far is kept here."""

@@ -35,6 +35,11 @@ class Sitter(Protocol):
 class NoRoom(CiuicError):
     """The cluster does not have free what the stages need."""
 
+    def __init__(self, message: str, node: str = "") -> None:
+        """`node`: the one that lacks it, as the stages call it; "" where that is not one of several."""
+        super().__init__(message)
+        self.node = node
+
 
 @dataclass(slots=True)
 class _Seat:
@@ -51,6 +56,12 @@ class Seats:
     def __init__(self, ray: Any) -> None:
         self._ray = ray
         self._seats: list[_Seat] = []
+
+    def reserve_elsewhere(self, sitters: Sequence[Sitter]) -> None:
+        """Seats on nodes where there is none yet, before anybody has to leave another one for that. Raises NoRoom."""
+        known, alive = {seat.node_id for seat in self._seats}, self._alive()
+        if coming := [s for s in sitters if s.cores > 0 and s.node_id in alive and s.node_id not in known]:
+            self._seats += self._group(coming)
 
     def reserve(self, sitters: Sequence[Sitter], sitting: Collection[Sitter]) -> None:
         """Seats for all of them, of whom some sit already; whoever else sat has left. Raises NoRoom, with what is
@@ -89,18 +100,22 @@ class Seats:
         where = [{NODE_LABEL: s.node_id} if s.node_id else {} for s in sitters]
         group = placement_group(bundles, strategy="PACK", bundle_label_selector=where)
         limit = time.monotonic() + RESERVE_SECONDS
-        while not group.wait(1):
-            gone = {s.node_id for s in sitters} - self._alive()
-            if gone or time.monotonic() > limit:
-                lacking = self._lacking(sitters)
-                remove_placement_group(group)
-                if gone:
-                    there = [s for s in sitters if s.node_id not in gone]
-                    return self._group(there) if there else []
-                raise NoRoom(lacking)
-        return [_Seat(group, i, s.node_id, s.cores, s) for i, s in enumerate(sitters)]
+        try:
+            while not group.wait(1):
+                if gone := {s.node_id for s in sitters} - self._alive():
+                    break
+                if time.monotonic() > limit:
+                    raise self._lacking(sitters)
+            else:
+                return [_Seat(group, i, s.node_id, s.cores, s) for i, s in enumerate(sitters)]
+        except BaseException:
+            remove_placement_group(group)
+            raise
+        remove_placement_group(group)
+        there = [s for s in sitters if s.node_id not in gone]
+        return self._group(there) if there else []
 
-    def _lacking(self, sitters: Sequence[Sitter]) -> str:
+    def _lacking(self, sitters: Sequence[Sitter]) -> NoRoom:
         """Which of them find no room, and what there is."""
 
         def said(some: Sequence[Sitter]) -> str:
@@ -116,14 +131,17 @@ class Seats:
             room = free.get(node_id or "", {}).get("CPU", 0.0)
             if node_id is None:
                 there = ", ".join(f"{free.get(i, {}).get('CPU', 0.0):g}" for i in nodes)
-                return f"{said(mine)}, and the nodes have {there} free; nothing was loaded; {todo}"
+                return NoRoom(f"{said(mine)}, and the nodes have {there} free; nothing was loaded; {todo}")
             if node_id in nodes and sum(s.cores for s in mine) > room:
                 whole, address = nodes[node_id]["Resources"].get("CPU", 0.0), nodes[node_id]["NodeManagerAddress"]
-                return (
+                return NoRoom(
                     f"{said(mine)} on {mine[0].node} ({address}), where {room:g} of {whole:g} are free; nothing was "
-                    f"loaded; {todo}"
+                    f"loaded; {todo}",
+                    mine[0].node,
                 )
-        return f"the cluster did not give the cores of {len(sitters)} stages in {RESERVE_SECONDS:.0f} s; {todo}"
+        late = f"the cluster did not give the cores of {len(sitters)} stages in {RESERVE_SECONDS:.0f} s; {todo}"
+        nodes_asked = {s.node for s in sitters}
+        return NoRoom(late, nodes_asked.pop() if len(nodes_asked) == 1 else "")
 
     def _give_back(self, which: Callable[[Sequence[_Seat]], bool]) -> None:
         """Groups of which nobody needs a seat any more."""

@@ -7,7 +7,7 @@ import json
 import os
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,15 +27,16 @@ from ciuic_runtime.schedulers.stages import part_of
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """All that a stage's process is told: plain data, of which it makes everything anew."""
+    """All that a stage's process is told: plain data, of which it makes everything anew. Of two that are equal, one
+    process can carry out either: its number is there for messages."""
 
-    index: int
+    index: int = field(compare=False)
     model: str  # where the checkpoint is on the stage's node
     format: str
     prefill_chunk: int  # tokens
     tasks: tuple[str, ...]
     given: tuple[str, ...]  # whose value comes from the stage before
-    schedule: str  # JSON
+    schedule: str  # JSON, of what is carried out only
     num_blocks: int
     kernels: str
     threads: int

@@ -1,12 +1,16 @@
-"""A thread beside the passes: every few seconds it hears what people ask of the model, and looks for nodes that joined.
-Knows when to look; what there is to see, and what comes of it, is for others."""
+"""Two threads beside the passes: one hears what people ask of the model, every few seconds; the other one looks for
+nodes that joined, which may take minutes. Know when to look; what there is to see, and what comes of it, is for others.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from ciuic_runtime.cluster.asking import Mailbox
 
@@ -22,26 +26,50 @@ class Watch:
     def __init__(self, look: Look, mailbox: Mailbox, always: bool) -> None:
         """`always`: looks without being asked, too."""
         self._look, self._mailbox, self._always = look, mailbox, always
-        self._ended, self._last = threading.Event(), ""
-        self._thread = threading.Thread(target=self._run, name="ciuic-watch", daemon=True)
-        self._thread.start()
+        self._asked: deque[Any] = deque()  # heard, and not looked for yet
+        self._ended, self._due, self._last = threading.Event(), threading.Event(), ""
+        self._threads = [
+            threading.Thread(target=work, name=f"ciuic-watch-{work.__name__.strip('_')}", daemon=True)
+            for work in (self._hear, self._work)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         self._ended.set()
-        self._thread.join(LAST_SECONDS)
+        self._due.set()
+        limit = time.monotonic() + LAST_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, limit - time.monotonic()))
         with suppress(Exception):  # the cluster may be gone
             self._mailbox.close()
 
-    def _run(self) -> None:
+    def _hear(self) -> None:
         while not self._ended.wait(PERIOD):
-            try:
-                asked = self._mailbox.asked()
-                if asked is not None or self._always:
-                    moves, seen = self._seen(asked is not None)
-                    if asked is not None:
-                        self._mailbox.answer(asked, moves, seen)
-            except Exception as error:  # the cluster's head may be gone: the passes notice, and say it to people
-                self._say(f"cannot hear what is asked of this model: {error}")
+            with self._cluster_may_be_gone():
+                if (asked := self._mailbox.asked()) is not None:
+                    self._asked.append(asked)
+                    self._due.set()
+
+    def _work(self) -> None:
+        while not self._ended.is_set():
+            self._due.wait(PERIOD if self._always else None)
+            self._due.clear()
+            asked = [self._asked.popleft() for _ in range(len(self._asked))]
+            if self._ended.is_set() or not (asked or self._always):
+                continue
+            moves, seen = self._seen(bool(asked))
+            with self._cluster_may_be_gone():
+                for one in asked:
+                    self._mailbox.answer(one, moves, seen)
+
+    @contextmanager
+    def _cluster_may_be_gone(self) -> Iterator[None]:
+        """The passes notice, and say it to people."""
+        try:
+            yield
+        except Exception as error:
+            self._say(f"cannot hear what is asked of this model: {error}")
 
     def _seen(self, asked: bool) -> tuple[bool, str]:
         try:

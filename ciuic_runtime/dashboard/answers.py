@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from ciuic_runtime.dashboard.explain import explain_answer, placement_answer
 from ciuic_runtime.dashboard.memory import memory_answer
 from ciuic_runtime.dashboard.requests import requests_answer
-from ciuic_runtime.dashboard.source import Source
+from ciuic_runtime.dashboard.source import Source, whole_number
 from ciuic_runtime.dashboard.step import step_answer
 from ciuic_runtime.dashboard.summary import summary
 from ciuic_runtime.dashboard.why import why_answer
@@ -19,14 +19,15 @@ from ciuic_runtime.server.errors import ApiError
 
 MOST_BARS, MOST_REQUESTS, MOST_SAMPLES = 2000, 500, 2000
 LARGEST = 100_000  # of what may be asked for at once
+COUNTED = ("memory", "placement", "explain")  # what needs counts of pages
 Query = Mapping[str, str]
 
 
 def answer(source: Source, path: str) -> dict[str, Any]:
     """Of a path such as steps/12 or steps?most=2000. Raises ApiError and InvalidInput for what cannot be answered."""
-    parts = urlsplit(path)
-    query = {key: values[-1] for key, values in parse_qs(parts.query, keep_blank_values=True).items()}
-    name, *rest = parts.path.split("/")
+    path, _, asked = path.partition("?")
+    query = {key: values[-1] for key, values in parse_qs(asked, keep_blank_values=True).items()}
+    name, *rest = path.split("/")
     with source.lock:
         if not rest and name in _BY_NAME:
             return _BY_NAME[name](source, query)
@@ -93,6 +94,6 @@ def _number(query: Query, key: str, default: int, least: int = 0) -> int:
 
 
 def _whole(what: str, text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or len(text) > 18:
+    if (number := whole_number(text)) is None:
         raise InvalidInput(f"{what} is {text[:40]!r}; it must be a whole number")
-    return int(text)
+    return number

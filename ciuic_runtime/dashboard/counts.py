@@ -4,14 +4,17 @@ of a recording tell. Knows pages by their names."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
-from ciuic_runtime.schedulers.recording import NONE, READ, WAIT, Recording
+from ciuic_runtime.schedulers.recording import NONE, READ, WAIT, PageCounts, Recording
 
-KEYS = ("uses", "hits", "reads", "waited_s", "resident")
+KEYS = ("uses", "hits", "reads", "waited_s", "resident")  # what is told of one page
+ALL = tuple(field.name for field in fields(PageCounts))
+_all_of = attrgetter(*ALL)
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Counts:
     @staticmethod
     def of(recording: Recording) -> Counts:
         if recording.pages:
-            return Counts({name: asdict(one) for name, one in recording.pages.items()}, frozenset(KEYS))
+            pages = {name: dict(zip(ALL, _all_of(one), strict=True)) for name, one in recording.pages.items()}
+            return Counts(pages, frozenset(ALL))
         pages, counted = _in_rows(recording)
         for task, uses in recording.expert_uses.items():
             counted.add("uses")
@@ -35,7 +39,8 @@ class Counts:
     def about(self, name: str) -> dict[str, Any]:
         """Of a page, or of all pages whose names begin so, together; None: not known."""
         mine = [one for page, one in self.pages.items() if page == name or page.startswith(name + ".")]
-        total: dict[str, Any] = {key: sum(one.get(key, 0) for one in mine) for key in self.counted}
+        known = [key for key in KEYS if key in self.counted]
+        total: dict[str, Any] = {key: sum(one.get(key, 0) for one in mine) for key in known}
         if "resident" in total:
             total["resident"] = all(one["resident"] for one in mine) if mine else None
         return {key: total.get(key) for key in KEYS}

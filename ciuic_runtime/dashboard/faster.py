@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ciuic_runtime.dashboard import changed
+from ciuic_runtime.dashboard.changed import bandwidth_of
 from ciuic_runtime.dashboard.source import Source
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.schedulers.blame import Cause
@@ -73,27 +75,14 @@ def _recosted(
     if basis is None or step is None or basis.pipelining is not None:
         return []
     topology = basis.schedule.topology
-    disks = {d.name for d in topology.devices if d.kind == "DISK"}
-    changes = []
-    if parts["disk"] and disks:
-        disk = min(disks)
-        changes.append(("a disk twice as fast", disk))
-    found = []
-    for what, name in changes:
-        device = topology.device(name)
-        rate = 2 * (device.memory_bandwidth or topology.link(name, basis.schedule.devices_used()[0]).bandwidth)
-        links = tuple(
-            replace(x, bandwidth=2 * x.bandwidth, bandwidth_by_size={n: 2 * b for n, b in x.bandwidth_by_size.items()})
-            if x.src == name else x for x in topology.links
-        )  # fmt: skip
-        devices = tuple(replace(d, memory_bandwidth=rate) if d.name == name else d for d in topology.devices)
-        changed = replace(basis.schedule, topology=replace(topology, devices=devices, links=links))
-        try:
-            before, after = (
-                replace(basis.forecaster, schedule=s).recost([step]).steps[0] for s in (basis.schedule, changed)
-            )
-        except InvalidInput:
-            continue
-        patch = {"bandwidth": {name: rate}}
-        found.append((after.end - after.start, before.end - before.start, what, patch))
-    return found
+    disks = [d for d in topology.devices if d.kind == "DISK"]
+    rate = bandwidth_of(disks[0], topology) if disks and parts["disk"] else None
+    if not rate:
+        return []
+    bandwidth = {disks[0].name: 2 * rate}
+    try:
+        twice = replace(basis.schedule, topology=changed.faster(topology, bandwidth))
+        before, after = (replace(basis.forecaster, schedule=s).recost([step]).steps[0] for s in (basis.schedule, twice))
+    except InvalidInput:
+        return []
+    return [(after.end - after.start, before.end - before.start, "a disk twice as fast", {"bandwidth": bandwidth})]

@@ -3,24 +3,56 @@ as it was."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ciuic_runtime.schedulers.recording import COLUMNS, NONE, Recording, Rows
+from ciuic_runtime.schedulers.recording import COLUMNS, NONE, PassNote, Recording, Rows
+from ciuic_runtime.schedulers.trace import StepInfo
+
+REFERRING = ("task", "lane", "cause")  # columns of places in `names`
+T = TypeVar("T")
+
+
+class First(Sequence[T]):
+    """What is in a list now, of a list that is only added to."""
+
+    def __init__(self, items: list[T]) -> None:
+        self._items, self._number = items, len(items)
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self._items[i] for i in range(*at.indices(self._number))]
+        return self._items[range(self._number)[at]]
+
+    def __iter__(self) -> Iterator[T]:
+        return islice(self._items, self._number)
 
 
 class Growing:
     """Rows and steps pile up; of everything else the newest snapshot's is what there is."""
 
+    recording: Recording
+    _rows: Rows
+    _used: int
+    _steps: list[StepInfo]
+    _passes: list[PassNote]
+    _starts: npt.NDArray[np.int64]  # of each step the place of its first row, and the end
+
     def __init__(self, first: Recording, most: int | None = None) -> None:
         """`most`: events that are kept; None: all."""
         self.most, self.forgotten = most, 0  # times that older ones were forgotten
-        self._rows, self._used = first.rows, len(first.rows)
-        self._names = {name: i for i, name in enumerate(first.names)}
-        self.recording = first
-        self._starts = _starts(first)
+        self._names = list(first.names)
+        self._numbers = {name: i for i, name in enumerate(first.names)}
+        self._keep(first)
+        self._forget()
 
     @property
     def next_step(self) -> int:
@@ -37,16 +69,15 @@ class Growing:
             self._rows = np.concatenate([self._rows[: self._used], room])
         self._rows[self._used : self._used + len(rows)] = rows
         before, self._used = self._used, self._used + len(rows)
-        steps = [*self.recording.steps, *snapshot.steps]
-        passes = [*self.recording.passes, *snapshot.passes]
+        self._steps += snapshot.steps
+        self._passes += snapshot.passes
         first_step = self.recording.first_step if self.recording.steps else snapshot.first_step
         self._starts = np.concatenate([self._starts[:-1], before + _starts(snapshot)])
         self.recording = replace(
-            snapshot, rows=self._rows[: self._used], names=list(self._names), steps=steps, passes=passes,
-            first_step=first_step,
+            snapshot, rows=self._rows[: self._used], names=First(self._names), steps=First(self._steps),
+            passes=First(self._passes), first_step=first_step,
         )  # fmt: skip
-        if self.most is not None and self._used > self.most:
-            self._forget()
+        self._forget()
         return rows
 
     def of_steps(self, first: int, last: int) -> Recording:
@@ -70,22 +101,34 @@ class Growing:
         return self.of_steps(first + self.recording.first_step, last + self.recording.first_step)
 
     def _renumbered(self, snapshot: Recording) -> Rows:
-        numbers = [self._names.setdefault(name, len(self._names)) for name in snapshot.names]
-        if numbers == list(range(len(numbers))):
-            return snapshot.rows
-        table, rows = np.array([*numbers, NONE], np.int32), snapshot.rows.copy()
-        for column in ("task", "lane", "cause"):
-            rows[column] = table[rows[column]]  # NONE is the last place
+        rows, names = snapshot.rows.copy(), snapshot.names
+        table = np.full(len(names) + 1, NONE, np.int32)  # NONE is the last place
+        for n in np.unique(np.concatenate([rows[column] for column in REFERRING])).tolist():
+            if n != NONE:
+                table[n] = self._number(names[n])
+        for column in REFERRING:
+            rows[column] = table[rows[column]]
         return rows
 
+    def _number(self, name: str) -> int:
+        if name not in self._numbers:
+            self._numbers[name] = len(self._names)
+            self._names.append(name)
+        return self._numbers[name]
+
+    def _keep(self, recording: Recording) -> None:
+        """This, and what will be added to it."""
+        self._rows, self._used = recording.rows, len(recording.rows)
+        self._steps, self._passes = list(recording.steps), list(recording.passes)
+        self._starts = _starts(recording)
+        self.recording = recording
+
     def _forget(self) -> None:
-        """The older half of the steps."""
-        middle = self.recording.first_step + len(self.recording.steps) // 2
-        kept = self.of_steps(middle, self.next_step)
-        self._rows, self._used = kept.rows.copy(), len(kept.rows)
-        self._starts = _starts(kept)
-        self.recording = replace(kept, rows=self._rows[: self._used])
-        self.forgotten += 1
+        """The older half of the steps, until there are few enough events."""
+        while self.most is not None and self._used > self.most and len(self._steps) > 1:
+            kept = self.of_steps(self.recording.first_step + len(self._steps) // 2, self.next_step)
+            self._keep(replace(kept, rows=kept.rows.copy()))
+            self.forgotten += 1
 
 
 def _starts(recording: Recording) -> npt.NDArray[np.int64]:

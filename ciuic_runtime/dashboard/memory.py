@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ciuic_runtime.dashboard.counts import Counts
 from ciuic_runtime.dashboard.source import Source
 from ciuic_runtime.schedulers.recording import EVICT, MEMORY, NONE, READ, WAIT, Recording, Rows
 
@@ -24,14 +25,16 @@ def memory_answer(source: Source, most: int) -> dict[str, Any]:
 
 
 def _tiers(recording: Recording, most: int) -> list[dict[str, Any]]:
-    rows = recording.rows[recording.rows["kind"] == MEMORY]
-    names = recording.names
-    keys = dict.fromkeys((names[lane], names[task]) for lane, task in zip(rows["lane"], rows["task"], strict=True))
+    rows, names = recording.rows[recording.rows["kind"] == MEMORY], recording.names
+    keys = rows["lane"].astype(np.int64) * len(names) + rows["task"]
+    some, first = np.unique(keys, return_index=True)
+    samples = {
+        (names[key // len(names)], names[key % len(names)]): rows[keys == key]
+        for key in some[np.argsort(first)].tolist()
+    }
     found = []
-    for device, what in dict.fromkeys((*recording.capacity, *keys)):
-        mine = rows[[names[n] == device for n in rows["lane"]]] if len(rows) else rows
-        mine = mine[[names[n] == what for n in mine["task"]]] if len(mine) else mine
-        mine = _thinned(mine, most)
+    for device, what in dict.fromkeys((*recording.capacity, *samples)):
+        mine = _thinned(samples.get((device, what), rows[:0]), most)
         found.append({
             "name": device, "what": what, "unit": "bytes", "capacity": recording.capacity.get((device, what)),
             "time": mine["start"].tolist(), "used": mine["nbytes"].tolist(),
@@ -80,16 +83,26 @@ def _late(recording: Recording) -> list[dict[str, Any]]:
 
 
 def _totals(source: Source) -> dict[str, Any] | None:
-    """None where nothing is paged. Hits and misses are known of an engine that counts them."""
-    rows = source.recording.rows
-    reads, waits = rows[rows["kind"] == READ], rows[rows["kind"] == WAIT]
-    if not len(reads):
+    """Since the recording began, as the engine counted; of a recording without its counts, that of the rows. None where
+    nothing is paged."""
+    counts, recording = source.counts(), source.recording
+    found = _counted(counts) if "bytes_read" in counts.counted else _of_rows(recording)
+    if not found["bytes_read"]:
         return None
-    counts = source.counts()
     uses, hits = counts.total("uses"), counts.total("hits")
     misses = uses - hits if uses is not None and hits is not None else None
+    return {**found, "hits": hits, "misses": misses, "hit_rate": hits / uses if hits is not None and uses else None}
+
+
+def _counted(counts: Counts) -> dict[str, Any]:
+    return {key: counts.total(key) for key in ("bytes_read", "evictions", "waited_s")}
+
+
+def _of_rows(recording: Recording) -> dict[str, Any]:
+    """Nothing of it is forgotten: what forgets, counts."""
+    rows = recording.rows
+    reads, waits = rows[rows["kind"] == READ], rows[rows["kind"] == WAIT]
     return {
-        "bytes_read": int(reads["nbytes"].sum()), "hits": hits,
-        "misses": misses, "hit_rate": hits / uses if hits is not None and uses else None,
-        "evictions": int((rows["kind"] == EVICT).sum()), "waited_s": float((waits["end"] - waits["start"]).sum()),
+        "bytes_read": int(reads["nbytes"].sum()), "evictions": int((rows["kind"] == EVICT).sum()),
+        "waited_s": float((waits["end"] - waits["start"]).sum()),
     }  # fmt: skip

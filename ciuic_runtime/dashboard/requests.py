@@ -13,6 +13,5 @@ COLUMNS = (
 
 
 def requests_answer(source: Source, most: int) -> dict[str, Any]:
-    notes = source.recording.requests
-    kept = notes[-most:]
-    return {"total": len(notes), **{name: [getattr(note, name) for note in kept] for name in COLUMNS}}
+    kept = source.request_notes(most)
+    return {"total": source.num_requests, **{name: [getattr(note, name) for note in kept] for name in COLUMNS}}

@@ -15,17 +15,17 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from ciuic_runtime.dashboard.answers import answer
-from ciuic_runtime.dashboard.live import LiveSource, Stream
+from ciuic_runtime.dashboard.answers import COUNTED, answer
+from ciuic_runtime.dashboard.live import KEPT, LiveSource, Stream
 from ciuic_runtime.dashboard.pages import ADDRESSES, HEADERS, TYPES, VIEWS
 from ciuic_runtime.dashboard.save import save_page
-from ciuic_runtime.dashboard.source import Source
+from ciuic_runtime.dashboard.source import Source, whole_number
 from ciuic_runtime.dashboard.whatif import WhatIf
 from ciuic_runtime.devices.errors import InvalidInput
-from ciuic_runtime.server.errors import ApiError, to_json
+from ciuic_runtime.schedulers.chrome import recording_text
+from ciuic_runtime.server.errors import ApiError, check_json, to_json
 
 API = "/dashboard/api"
-PAST = {"Cache-Control": "private, max-age=3600"}  # what never changes
 NOW = {"Cache-Control": "no-store"}
 MOST_ADDRESS = 4096  # characters of the page's address that a saved page keeps
 
@@ -38,13 +38,32 @@ class Dashboard:
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = list(sources)
         self._streams: dict[Source, Stream] = {}
+        self._unseen: dict[LiveSource, asyncio.TimerHandle] = {}
         self._answers = ThreadPoolExecutor(1, "ciuic-dashboard")
         self._plans = ThreadPoolExecutor(1, "ciuic-whatif")
 
     def source(self, id: str) -> Source:
-        if not id.isdecimal() or int(id[:9]) >= len(self.sources):
-            raise ApiError(404, f"there is no source {id}; there are 0 to {len(self.sources) - 1}", code="not_found")
-        return self.sources[int(id)]
+        number = whole_number(id)
+        if number is None or number >= len(self.sources):
+            says = f"there is no source {id[:40]}; there are 0 to {len(self.sources) - 1}"
+            raise ApiError(404, says, code="not_found")
+        found = self.sources[number]
+        if isinstance(found, LiveSource):
+            found.seen()
+            if found not in self._unseen:
+                self._watch(found, KEPT)
+        return found
+
+    def _watch(self, source: LiveSource, seconds: float) -> None:
+        self._unseen[source] = asyncio.get_running_loop().call_later(seconds, self._look_after, source)
+
+    def _look_after(self, source: LiveSource) -> None:
+        """Has it forget what nobody has looked at for a while."""
+        if (left := KEPT - source.unseen_s) > 0:
+            self._watch(source, left)
+        else:
+            del self._unseen[source]
+            self._answers.submit(source.forget)
 
     def live(self, source: Source) -> Response:
         """Events as they come."""
@@ -67,10 +86,13 @@ class Dashboard:
         return await asyncio.get_running_loop().run_in_executor(self._plans, work)
 
     async def close(self) -> None:
+        """What is being worked out is waited for: nobody looks at an engine after this."""
+        for timer in self._unseen.values():
+            timer.cancel()
         for stream in self._streams.values():
             await stream.close()
         for threads in (self._answers, self._plans):
-            threads.shutdown(wait=False, cancel_futures=True)
+            await asyncio.to_thread(threads.shutdown, cancel_futures=True)
 
 
 def add_dashboard(app: FastAPI, dashboard: Dashboard) -> None:
@@ -92,12 +114,14 @@ def add_dashboard(app: FastAPI, dashboard: Dashboard) -> None:
             return _json(await dashboard.plan(lambda: _whatif(found).choices()))
         if path == "save":
             return await _save(dashboard, found, request)
+        if path == "trace":
+            return _download(found, "trace.json", await dashboard.plan(lambda: _trace(found)), "application/json")
         body = await dashboard.answer(lambda: _asked(found, asked))
-        headers = PAST if path.startswith("tiles/") and _is_past(found, path) else NOW
-        return Response(body, 200, headers, "application/json")
+        return Response(body, 200, NOW, "application/json")
 
     @app.post(API + "/{source}/whatif", include_in_schema=False)
     async def whatif(source: str, request: Request) -> Response:
+        check_json(request)
         found, change = dashboard.source(source), _read_json(await request.body())
         return _json(await dashboard.plan(lambda: _whatif(found).ask(change)))
 
@@ -111,13 +135,28 @@ async def _save(dashboard: Dashboard, source: Source, request: Request) -> Respo
         source.refresh(counts=True)
         return save_page(source, source.step_number(text) if text else None, at[:MOST_ADDRESS])
 
-    name = f"{''.join(c if c.isalnum() or c in '-_.' else '-' for c in source.name)}-dashboard.html"
-    headers = {**NOW, "Content-Disposition": f'attachment; filename="{name}"'}
-    return Response(await dashboard.plan(page), 200, headers, "text/html; charset=utf-8")
+    return _download(source, "dashboard.html", await dashboard.plan(page), "text/html; charset=utf-8")
+
+
+def _trace(source: Source) -> bytes:
+    """The whole recording, as `write_recording` writes it."""
+    recording = source.whole()
+    if not recording.steps:
+        raise ApiError(
+            409, f"{source.name} has no passes to trace; of a plan, `ciuic plan MODEL --trace FILE` writes what it is "
+            "forecast to do", code="no_trace",
+        )  # fmt: skip
+    return recording_text(recording).encode()
+
+
+def _download(source: Source, what: str, content: bytes, kind: str) -> Response:
+    name = "".join(c if (c.isascii() and c.isalnum()) or c in "-_." else "-" for c in source.name)
+    headers = {**NOW, "Content-Disposition": f'attachment; filename="{name}-{what}"'}
+    return Response(content, 200, headers, kind)
 
 
 def _asked(source: Source, path: str) -> bytes:
-    source.refresh(counts=not path.startswith("tiles/"))
+    source.refresh(counts=path.partition("?")[0] in COUNTED)
     return to_json(answer(source, path))
 
 
@@ -140,11 +179,6 @@ def _add_page(app: FastAPI, path: str) -> None:
     async def page() -> Response:
         file = ADDRESSES[path]
         return Response(file.read_bytes(), 200, HEADERS, TYPES[file.suffix])
-
-
-def _is_past(source: Source, path: str) -> bool:
-    _, level, index = path.split("/")
-    return source.kind != "live" or (int(index) + 1) << int(level) <= source.shown.timeline.end
 
 
 def _json(value: Any) -> Response:

@@ -4,6 +4,7 @@ Knows where it comes from and keeps it up to date; what is made of it is in the 
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ from ciuic_runtime.model import Model
 from ciuic_runtime.models.config import known_names
 from ciuic_runtime.schedulers.chrome import read_recording
 from ciuic_runtime.schedulers.memory import node_of
-from ciuic_runtime.schedulers.recording import COLUMNS, Recording
+from ciuic_runtime.schedulers.recording import COLUMNS, Recording, RequestNote
 from ciuic_runtime.schedulers.schedule import Schedule
 
 SourceKind = Literal["live", "trace", "schedule"]
@@ -39,10 +40,10 @@ class Shown:
 
     @staticmethod
     def of(recording: Recording, most: int | None = None) -> Shown:
-        strip, timeline = Strip(), Timeline()
-        strip.add(recording)
-        timeline.add(recording, recording.rows)
-        return Shown(Growing(recording, most), strip, timeline)
+        growing, strip, timeline = Growing(recording, most), Strip(), Timeline()
+        strip.add(growing.recording)
+        timeline.add(growing.recording, growing.recording.rows)
+        return Shown(growing, strip, timeline)
 
     @property
     def recording(self) -> Recording:
@@ -80,7 +81,23 @@ class Source:
         return self.shown.recording
 
     def refresh(self, counts: bool = False) -> None:
-        """Takes in what came since; of a file there is nothing."""
+        """Takes in what came since, with `counts` of pages and experts; of a file there is nothing."""
+
+    def whole(self) -> Recording:
+        """All that is known, with what its forecasts are made with."""
+        return self.recording
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.recording.requests)
+
+    def request_notes(self, newest: int) -> Sequence[RequestNote]:
+        """In the order in which they arrived."""
+        requests = self.recording.requests
+        return requests[max(0, len(requests) - newest) :]
+
+    def request_notes_of(self, indices: Collection[int]) -> Sequence[RequestNote]:
+        return [note for note in self.recording.requests if note.request in indices]
 
     @property
     def ray_dashboard(self) -> str | None:
@@ -103,10 +120,16 @@ class Source:
     def step_number(self, text: str) -> int:
         """Of a step that is here; InvalidInput for anything else."""
         first, count = self.recording.first_step, len(self.recording.steps)
-        if not text.isdecimal() or not first <= int(text[:12]) < first + count:
+        number = whole_number(text)
+        if number is None or not first <= number < first + count:
             there = f"steps {first} to {first + count - 1} are known" if count else "no steps are known"
-            raise InvalidInput(f"there is no step {text}; {there}")
-        return int(text)
+            raise InvalidInput(f"there is no step {text[:40]}; {there}")
+        return number
+
+
+def whole_number(text: str) -> int | None:
+    """Of what stands in an address; None for anything else."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
 def nodes_of(basis: Basis) -> dict[str, list[str]]:

@@ -38,7 +38,7 @@ def step_answer(source: Source, number: int) -> dict[str, Any]:
         "lanes": _lanes(around, number, planned, info.start),
         "late": _late(late),
         "faster": [asdict(one) for one in faster(source, number, parts, late)],
-        "requests": _requests(whole, number, info.phase),
+        "requests": _requests(source, number),
         "notes": [source.plans.why_none] if planned is None and source.plans.why_none else [],
     }  # fmt: skip
 
@@ -111,16 +111,18 @@ def _late(late: Late | None) -> dict[str, Any] | None:
     return {**asdict(late), "read": shown, "text": late.text}
 
 
-def _requests(recording: Recording, number: int, phase: str) -> list[dict[str, Any]]:
+def _requests(source: Source, number: int) -> list[dict[str, Any]]:
     """Whose tokens it computed. A request is in its prompt until its first token has come."""
+    recording = source.recording
     if not recording.passes:
         return []
-    begins = recording.steps[number - recording.first_step].start
-    first = {note.request: note.first_token for note in recording.requests}
+    at = number - recording.first_step
+    info, note = recording.steps[at], recording.passes[at]
+    first = {one.request: one.first_token for one in source.request_notes_of({request for request, _ in note.requests})}
     found = []
-    for request, tokens in recording.passes[number - recording.first_step].requests:
+    for request, tokens in note.requests:
         known = first.get(request, NONE)
-        decodes = known is not None and known != NONE and known <= begins
-        mine = phase if known == NONE else "decode" if decodes else "prefill"
+        decodes = known is not None and known != NONE and known <= info.start
+        mine = info.phase if known == NONE else "decode" if decodes else "prefill"
         found.append({"request": request, "tokens": tokens, "phase": mine})
     return found

@@ -30,7 +30,7 @@ def summary(source: Source) -> dict[str, Any]:
         ],
         "notes": list(dict.fromkeys([*recording.notes, *(schedule.notes if schedule else ()), *_missing(source)])),
         "has": {
-            "steps": bool(recording.steps), "requests": bool(recording.requests),
+            "steps": bool(recording.steps), "requests": source.num_requests > 0,
             "memory": bool((recording.rows["kind"] == MEMORY).any()), "schedule": schedule is not None,
             "plan": basis is not None,
         },

@@ -30,6 +30,8 @@ class Timeline:
     def add(self, recording: Recording, rows: Rows) -> None:
         """Rows that came since; those of each lane come after what it has."""
         self._names = list(recording.names)
+        ends = [*(step.end for step in recording.steps[-1:]), *([rows["end"].max()] if len(rows) else [])]
+        self.end = max([self.end, *(int(nanoseconds(end)) for end in ends)])  # the recording's: tiles cover all of it
         rows = rows[rows["kind"] <= READ]
         if not len(rows):
             return
@@ -39,7 +41,6 @@ class Timeline:
                 self._lanes[number] = _Lane(lane_kind(self._names[number], recording.devices))
                 self.lanes.append(self._names[number])
             self._lanes[number].add(rows[lanes == number], self._names)
-        self.end = max(self.end, int(nanoseconds(rows["end"].max())))
 
     def tile(self, level: int, index: int) -> dict[str, Any]:
         """What is shown of [index * 2^level, (index + 1) * 2^level) ns."""
@@ -50,7 +51,7 @@ class Timeline:
             )
         begin, lanes, tasks = index << level, [], dict[int, int]()
         anything = False
-        for place, lane in enumerate(self._lanes.values()):
+        for name, lane in zip(self.lanes, self._lanes.values(), strict=True):
             bars = lane.tile(level, begin)
             if not len(bars):
                 continue
@@ -59,7 +60,7 @@ class Timeline:
                 if number != SEVERAL:
                     tasks.setdefault(number, len(tasks))
             lanes.append({
-                "lane": place, "from": (bars.start - begin).tolist(), "to": (bars.end - begin).tolist(),
+                "lane": name, "from": (bars.start - begin).tolist(), "to": (bars.end - begin).tolist(),
                 "task": [tasks.get(n, SEVERAL) for n in bars.task.tolist()], "kind": bars.kind.tolist(),
                 "count": bars.count.tolist(), "busy": bars.busy.tolist(), "step": bars.step.tolist(),
                 "bytes": bars.nbytes.tolist(),

@@ -16,8 +16,8 @@ from ciuic_runtime.history import read_history, score
 from ciuic_runtime.schedulers.bound import decode_bound
 from ciuic_runtime.schedulers.comparison import Compared, compare
 from ciuic_runtime.schedulers.graph import PHASES
-from ciuic_runtime.schedulers.recording import Recording
 from ciuic_runtime.schedulers.schedule import Schedule
+from ciuic_runtime.schedulers.trace import Trace
 
 MOST_PASSES = 16  # recosted, of each phase
 
@@ -32,7 +32,7 @@ def why_answer(source: Source) -> dict[str, Any]:
         "candidates": candidates(schedule), "bound": bound,
         "gap": bound["decode_tokens_per_s"] / rate - 1 if bound and rate else None,
         "binding": predicted.bound_by if predicted else "", "figures": _figures(source, schedule),
-        "calibration": _calibration(source.basis, source.recording.began), "history": _history(schedule),
+        "calibration": _calibration(source), "history": _history(schedule),
         "notes": [*schedule.notes, *([source.why_no_basis] if source.why_no_basis else [])],
     }  # fmt: skip
 
@@ -64,8 +64,8 @@ def _figures(source: Source, schedule: Schedule) -> list[dict[str, Any]]:
             ("decode", "tokens/s", Compared(predicted.decode_tokens_per_s if predicted else None, None)),
         ]
         return [_figure(*one) for one in rates]
-    trace = recording.trace()
-    found = compare(trace, schedule, _recosted(source.basis, recording))
+    summed = recording.summed()
+    found = compare(summed, schedule, _recosted(source.basis, summed))
     rows = [("prefill", "tokens/s", found.prefill_tokens_per_s), ("decode", "tokens/s", found.decode_tokens_per_s)]
     for phase, kinds in found.seconds_per_token.items():
         rows += [(f"{phase}: {kind}", "s/token", figures) for kind, figures in kinds.items()]
@@ -79,19 +79,20 @@ def _figure(label: str, unit: str, figures: Compared) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _recosted(basis: Basis | None, recording: Recording) -> Any:
+def _recosted(basis: Basis | None, trace: Trace) -> Trace | None:
     """Passes as they came, of many some."""
     if basis is None:
         return None
-    passes = [step for phase in PHASES for step in recording.trace().passes(phase, MOST_PASSES)]
+    passes = [step for phase in PHASES for step in trace.passes(phase, MOST_PASSES)]
     try:
         return basis.forecaster.recost(passes) if passes else None
     except InvalidInput:
         return None
 
 
-def _calibration(basis: Basis | None, began: float | None) -> dict[str, Any]:
-    """How old it was when the recording began (unix time, s); without one, how old it is."""
+def _calibration(source: Source) -> dict[str, Any]:
+    """How old it is; of a saved recording, how old it was when that began."""
+    basis, began = source.basis, source.recording.began if source.kind == "trace" else None
     known = basis.calibration if basis else None
     used = set(basis.schedule.devices_used()) if basis else set()
     curves = [c for c in known.curves if c.device in used] if known else []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +126,17 @@ class LocalExecutor:
 
         What `sampler` does with logits belongs to the step, and is recorded on the lane "host"."""
         begin = time.perf_counter()
+        with self.memory.alone() if self.memory is not None else nullcontext():
+            logits = self._step(batch, phase, sampler, received)
+            if self.memory is not None:
+                self._sample_memory(self.memory)
+            self.recorder.end_step(self._as_step(batch, phase), begin)
+        return logits
+
+    def _step(
+        self, batch: Batch, phase: Phase, sampler: Callable[[torch.Tensor], None] | None,
+        received: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
         self.touched.clear()
         scanning = batch.num_tokens >= self._most_routed
         if self.memory is not None:
@@ -145,9 +157,6 @@ class LocalExecutor:
                 self.memory.end_step(phase, batch.num_tokens, complete)
             if not complete:
                 self.recorder.abandon_step()
-        if self.memory is not None:
-            self._sample_memory(self.memory)
-        self.recorder.end_step(self._as_step(batch, phase), begin)
         return logits
 
     def _as_step(self, batch: Batch, phase: Phase) -> Step:

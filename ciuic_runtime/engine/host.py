@@ -47,6 +47,10 @@ class Host(Protocol):
         """What is known here of the passes that ended."""
 
     @property
+    def ended(self) -> bool:
+        """Whether no pass can run any more, whatever is tried."""
+
+    @property
     def notes(self) -> Sequence[str]:
         """What befell the passes that were recorded."""
 
@@ -84,6 +88,8 @@ class Host(Protocol):
 
 
 class LocalHost:
+    ended = False
+
     def __init__(
         self, model: Model, graph: TaskGraph, schedule: Schedule, checkpoint: Checkpoint, num_blocks: int,
         config: RuntimeConfig, kernels: str, threads: int, replaced: Replacements | None = None,
@@ -140,12 +146,15 @@ class LocalHost:
         return {task: uses.counts() for task, uses in self.executor.expert_uses.items()}
 
     def clear_trace(self) -> None:
-        self.recorder.clear()
         for uses in self.executor.expert_uses.values():
             uses.clear()
-        if self.memory is not None:
+        if self.memory is None:
+            self.recorder.clear()
+            return
+        with self.memory.alone():
+            self.recorder.clear()
             self.memory.report.clear()
-            self.memory.clear_counts()
+            self.memory.clear_counts(self.recorder.begin)
 
     def peak_memory_bytes(self) -> dict[str, int]:
         """By device: for CPUs the process's peak resident memory (the system's figure), else what was allocated."""

@@ -41,7 +41,7 @@ from ciuic_runtime.schedulers.comparison import Comparison
 from ciuic_runtime.schedulers.graph import PHASES, Phase
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.policies.mixing import Mixing, PassTimes, Size
-from ciuic_runtime.schedulers.recording import WEIGHTS, Recording
+from ciuic_runtime.schedulers.recording import WEIGHTS, Recording, RequestNote
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Workload, cache_tokens
@@ -154,6 +154,11 @@ class LLM:
         return self._setup.max_num_seqs
 
     @property
+    def ended(self) -> bool:
+        """Whether no pass can run any more: a cluster's stages were lost, and nothing is left to go on with."""
+        return self._host.ended
+
+    @property
     def threads(self) -> int:
         return self._setup.threads
 
@@ -199,11 +204,12 @@ class LLM:
         """The engine's next pass. Where a stage of a cluster is lost, what is left goes on from the tokens so far, and
         so do all of them where nodes joined that are used from now on."""
         journal = self.engine.journal
-        if (setup := self._host.replanned()) is not None:
-            journal.mark("joined", self._host.notes[-1])
-            self._go_on_with(setup)
-            return None, []
         try:
+            if (setup := self._host.replanned()) is not None:
+                if setup.schedule is not self._setup.schedule:  # else it was tried in vain
+                    journal.mark("joined", self._host.notes[-1])
+                self._go_on_with(setup)
+                return None, []
             done = self.engine.step()
         except StageLost as lost:
             journal.mark("lost", str(lost))
@@ -272,13 +278,24 @@ class LLM:
         """All that was recorded of that, or of passes that go on, from a step on: what the dashboard shows, and what
         `write_recording` writes. May be called in any thread where passes run in one of their own (`EngineService`);
         what a cluster's stages recorded is then half a second old at least. `counts`: with requests, pages and uses of
-        experts, which takes milliseconds where there are thousands of them."""
+        experts, and what forecasts are made with, which takes milliseconds where there are thousands of them."""
         facts = self._known_facts()
         recorded = self._recorded(since_step, facts, counts)
         if not counts:
             return recorded
-        pages, uses = self._host.page_counts(), self._host.expert_uses()
-        return replace(recorded, basis=facts.basis, pages=pages, expert_uses=uses)
+        return self.counted(replace(recorded, basis=facts.basis))
+
+    def request_notes(self, newest: int) -> list[RequestNote]:
+        """The newest requests of the recording, in the order in which they arrived; in any thread."""
+        return self.engine.journal.requests(self._host.recorder.begin, newest)
+
+    def request_notes_of(self, indices: Iterable[int]) -> list[RequestNote]:
+        """Of these requests, as far as they are known still; in any thread."""
+        return self.engine.journal.requests_of(indices, self._host.recorder.begin)
+
+    def counted(self, recording: Recording) -> Recording:
+        """With counts of pages and uses of experts as they are now; in any thread."""
+        return replace(recording, pages=self._host.page_counts(), expert_uses=self._host.expert_uses())
 
     @property
     def ray_dashboard(self) -> str | None:

@@ -39,7 +39,8 @@ class _State(NamedTuple):
 
 
 class Recorder:
-    """One thread records; `snapshot` may be called in any other. What it returns is of steps that have ended."""
+    """One thread records at a time; `snapshot` may be called in any other. What it returns is of steps that have
+    ended."""
 
     def __init__(self, chunk: int = CHUNK, most: int | None = None) -> None:
         """`most`: events that are kept, the newest ones; None: all."""
@@ -70,7 +71,7 @@ class Recorder:
         self, task: int, lane: int, start: float, end: float, kind: int = COMPUTE, nbytes: int = 0, cause: int = NONE
     ) -> None:
         """One event of the current step; times as time.perf_counter() gives them."""
-        if self._used == self._chunk:
+        if self._used >= self._chunk:
             self._begin_chunk()
         self._rows[self._used] = (task, lane, self.num_steps, kind, nbytes, start, end, cause)
         self._used += 1
@@ -78,7 +79,7 @@ class Recorder:
     def add_rows(self, rows: Rows) -> None:
         """Events that somebody else recorded, of the current step."""
         while len(rows):
-            if self._used == self._chunk:
+            if self._used >= self._chunk:
                 self._begin_chunk()
             part = rows[: self._chunk - self._used]
             self._rows[self._used : self._used + len(part)] = part

@@ -119,6 +119,8 @@ class EngineService:
     def __init__(self, llm: LLM, *, max_waiting: int = 256) -> None:
         self.llm, self.max_waiting = llm, max_waiting
         self.on_pass: Callable[[PassInfo], None] | None = None  # called in the thread
+        self.on_failure: Callable[[], None] | None = None  # called in the thread at its end, where `failure` says why
+        self.failure: Exception | None = None  # after which nothing more is answered
         self._engine = llm.engine
         self._thread = threading.Thread(target=self._run, name="ciuic-engine", daemon=True)
         self._inbox: deque[tuple[bool, Submission]] = deque()  # (it is new, else to be cancelled, submission)
@@ -164,11 +166,13 @@ class EngineService:
         return self._draining or self._closing
 
     def close(self) -> None:
-        """Ends the thread after the pass that is running; what has not ended is cancelled."""
+        """Ends the thread after the pass that is running; what has not ended is cancelled. Whoever looks at what was
+        recorded is gone by then: from now on that is asked for in the caller's thread."""
         self._closing = True
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
+        self.llm.on_look = None
 
     def stats(self) -> ServiceStats:
         batching, memory = self._engine.batching, self.llm.paged_memory
@@ -215,7 +219,7 @@ class EngineService:
     def _run(self) -> None:
         try:
             self.llm.use_in_this_thread()
-            while not self._closing:
+            while not self._closing and self.failure is None:
                 if not self._engine.busy and not self._inbox:
                     self._wake.wait(GATHER_SECONDS if self._is_looked_at() else None)
                 self._wake.clear()
@@ -223,16 +227,19 @@ class EngineService:
                 if self._engine.busy:
                     self._deliver(self._pass())
                 self._gather()
-        except Exception:
+        except Exception as error:
             log.exception("the engine's thread ends by a mistake of ours; nothing more will be answered")
+            self.failure = error
         finally:
-            self._closing, self.llm.on_look = True, None
+            self._closing = True
             with self._handing_in:
                 self._ended = True
                 self._take_in()
             for submission in self._known.values():
                 self._engine.cancel(submission.request)
             self._deliver([Update(s.request, finish_reason="interrupted") for s in self._known.values()])
+            if self.failure is not None and self.on_failure is not None:
+                self.on_failure()
 
     def _gather(self) -> None:
         now = time.monotonic()
@@ -250,12 +257,14 @@ class EngineService:
                 self._engine.cancel(submission.request)
 
     def _pass(self) -> list[Update]:
-        """What one pass did. A pass that fails ends the requests that run, and the next ones are tried again."""
+        """What one pass did. A pass that fails ends the requests that run, and the next ones are tried again, unless
+        the model has ended with it."""
         batching, begin = self._engine.batching, time.perf_counter()
         try:
             done, updates = self.llm.step()
         except Exception as error:
             log.error("a pass failed, and with it %d requests: %s", len(batching.running), error, exc_info=True)
+            self.failure = error if self.llm.ended else None
             return [self._failed(request, error) for request in list(batching.running)]
         if done is None:
             return []

@@ -4,8 +4,9 @@ Everything that can be refused is refused here, before a weight is read."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from ciuic_runtime.basis import Basis
 from ciuic_runtime.curves import load_calibration
@@ -36,9 +37,12 @@ from ciuic_runtime.schedulers.workload import Workload
 
 log = logging.getLogger("ciuic")
 
+T = TypeVar("T")
+
 DEFAULT_CONTEXT = 4096
 DEFAULT_BATCH = 8
 SMALLEST_CONTEXT = 64
+NATIVE_KINDS = {"CPU", "SIM"}  # of devices on which native kernels compute
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,39 @@ class Setup:
     def without_nodes(self, gone: Collection[str]) -> Setup:
         """Planned again over the nodes that are left. Raises OutOfMemory where what is left cannot hold the model."""
         left = [d.name for d in self.topology.devices if node_of(d.name) not in gone]
-        return self.over(self.topology.only(left), gone)
+        return self.over(self.topology.only(left))
 
-    def over(self, topology: Topology, gone: Collection[str]) -> Setup:
-        """Planned again over other nodes, for the same context and batch; of the user's rules and budgets, those that
-        name only what is gone no longer count."""
-        config, rules = self.config, rules_without(self.config.placement, gone)
-        memory = {device: size for device, size in config.memory.items() if node_of(device) not in gone}
+    def over(self, topology: Topology) -> Setup:
+        """Planned again over other nodes, for the same context and batch; the user's rules and budgets count for what
+        is there of what they name."""
+        config, able = self.config, self.able(topology)
+        rules, memory = what_counts(config.placement, config.memory, able)
         schedule = plan(
-            self.model, topology, memory=memory, goal=config.goal or self.schedule.goal, workload=self.room,
+            self.model, able, memory=memory, goal=config.goal or self.schedule.goal, workload=self.room,
             placement=rules, kernels=config.kernels, calibration=self.calibration,
         )  # fmt: skip
+        if left_out := self.left_out(topology):
+            schedule = replace(schedule, notes=(*schedule.notes, left_out))
         planned = replace(self, topology=topology, schedule=schedule, config=replace(config, stages=None))
         return replace(planned, schedule=planned.forecast(self.schedule.workload))
+
+    def able(self, topology: Topology) -> Topology:
+        """Without devices on which the kernels in use compute nothing. Others could, and are not taken while the model
+        runs: their tokens would not be the same."""
+        if self.kernels == REFERENCE:
+            return topology
+        return topology.only(d.name for d in topology.devices if d.kind in NATIVE_KINDS or not d.can_compute)
+
+    def left_out(self, topology: Topology) -> str | None:
+        """What is not able, and why."""
+        able = self.able(topology).compute_devices
+        others = sorted({d.name for d in topology.compute_devices} - {d.name for d in able})
+        if not others:
+            return None
+        return (
+            f"{', '.join(others)} cannot compute with the {self.kernels} kernels that this model was opened with; open "
+            "it again to use more"
+        )
 
     def forecast_trace(self, schedule: Schedule) -> Trace:
         """What is forecast for the schedule's workload, pass by pass."""
@@ -118,11 +142,13 @@ class Setup:
         return Basis(self.model, schedule, self.calibration, way)
 
 
-def rules_without(rules: Placement | None, gone: Collection[str]) -> Placement | None:
-    """Those that do not name only nodes that are gone."""
-    if rules is None:
-        return None
-    return Placement(tuple(r for r in rules.rules if not all(node_of(on) in gone for on in r.on)))
+def what_counts(
+    rules: Placement | None, memory: Mapping[str, T], topology: Topology
+) -> tuple[Placement | None, dict[str, T]]:
+    """Of rules and budgets that held once, what holds for the devices that are left."""
+    there = {d.name for d in topology.devices}
+    left = {device: size for device, size in memory.items() if device in there}
+    return rules.left_on(topology) if rules else None, left
 
 
 def set_up(
@@ -164,7 +190,7 @@ def _kernels(config: RuntimeConfig, model: Model, schedule: Schedule) -> str:
     """Native kernels compute everything but float32 on CPUs and on what a CPU plays; else the torch operators do."""
     chosen = instruction_set(config.kernels)
     kinds = {schedule.topology.device(name).kind for name in schedule.devices_used()}
-    if model.format != "float32" and kinds <= {"CPU", "SIM"}:
+    if model.format != "float32" and kinds <= NATIVE_KINDS:
         return chosen
     if config.kernels not in ("auto", REFERENCE):
         what = "in float32" if model.format == "float32" else f"on {', '.join(sorted(schedule.devices_used()))}"

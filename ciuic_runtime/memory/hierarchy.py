@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -237,15 +238,18 @@ class MemoryHierarchy:
     def page_counts(self) -> dict[str, PageCounts]:
         """Of every page, since `clear_counts`."""
         state, there = self.state, Where.RESIDENT
-        counts = zip(state.num_uses, state.num_hits, self._num_reads, self._waited, state.where, strict=True)
-        return {
-            page.name: PageCounts(uses, hits, reads, waited, where == there)
-            for page, (uses, hits, reads, waited, where) in zip(state.pages, counts, strict=True)
-        }
+        counts = zip(
+            state.num_uses, state.num_hits, self._num_reads, self._waited, (where == there for where in state.where),
+            self._nbytes_read, self._num_evictions, strict=True,
+        )  # fmt: skip
+        return {page.name: PageCounts(*one) for page, one in zip(state.pages, counts, strict=True)}
 
-    def clear_counts(self) -> None:
+    def clear_counts(self, since: float = 0.0) -> None:
+        """Nor does what is being read count that had come by `since`, of time.perf_counter()."""
+        self._counted_since = since
         num = len(self.state.pages)
-        self.state.num_uses[:] = self.state.num_hits[:] = self._num_reads = [0] * num
+        self.state.num_uses[:] = self.state.num_hits[:] = [0] * num
+        self._num_reads, self._nbytes_read, self._num_evictions = [0] * num, [0] * num, [0] * num  # by page
         self._waited = [0.0] * num  # s, by page
 
     @property
@@ -254,6 +258,11 @@ class MemoryHierarchy:
         return "" if self._came_last is None else self.state.pages[self._came_last].name
 
     # What a pass does
+
+    def alone(self) -> AbstractContextManager[object]:
+        """Until it is left, calls of other threads wait, as they do in a pass. `on_read` and `on_evict` are only called
+        by whoever has the hierarchy to itself: what is recorded beside them belongs in here."""
+        return self._lock
 
     def number(self, page: str) -> int:
         return self._number[page]
@@ -322,6 +331,7 @@ class MemoryHierarchy:
         self._came_last = page
         self._waited[page] += end - begin
         self._num_reads[page] += 1
+        self._nbytes_read[page] += into.numel()
         self._bytes_read += into.numel()
         self.on_read(name, into.numel(), begin, end)
 
@@ -416,6 +426,7 @@ class MemoryHierarchy:
                     self._read(command)
                 elif isinstance(command, Evict):
                     self.evictions += 1
+                    self._num_evictions[command.page] += 1
                     self.pool.free(self._slots.pop(command.page))
                     self.on_evict(self.state.pages[command.page].name)
                 elif isinstance(command, Promote):
@@ -471,7 +482,9 @@ class MemoryHierarchy:
             self._do(self.state.failed(page, again=done.cancelled))
             return error
         self._bytes_read += facts.nbytes
-        self._num_reads[page] += 1
+        if done.end > self._counted_since:
+            self._num_reads[page] += 1
+            self._nbytes_read[page] += facts.nbytes
         self.on_read(facts.name, facts.nbytes, done.start, done.end)
         wanted, commands = self.state.arrived(page)
         if wanted:

@@ -20,7 +20,7 @@ from ciuic_runtime.server.chat import chat_job
 from ciuic_runtime.server.completions import completion_job
 from ciuic_runtime.server.config import ServerConfig, default_name
 from ciuic_runtime.server.description import CHAT, COMPLETION, describe, errors
-from ciuic_runtime.server.errors import ApiError, handle_errors
+from ciuic_runtime.server.errors import check_json, handle_errors
 from ciuic_runtime.server.exchange import Exchange
 from ciuic_runtime.server.guards import Guards
 from ciuic_runtime.server.jobs import Job, Served
@@ -52,9 +52,11 @@ def create_app(service: EngineService, config: ServerConfig) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
-        yield
-        await dashboard.close()
-        await asyncio.to_thread(service.close)
+        try:
+            yield
+            await dashboard.close()
+        finally:
+            await asyncio.to_thread(service.close)
 
     app = FastAPI(
         title="ciuic_runtime", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan,
@@ -73,9 +75,7 @@ def create_app(service: EngineService, config: ServerConfig) -> FastAPI:
 
 def _add_generation(app: FastAPI, service: EngineService, served: Served, metrics: Metrics) -> None:
     def exchange(endpoint: str, request: Request, job: Callable[[Served, bytes], Job]) -> Exchange:
-        kind = request.headers.get("content-type", "")
-        if kind.partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(415, f"the body is declared as {kind or 'nothing'!r}; send Content-Type: application/json")
+        check_json(request)
         seconds = served.config.max_seconds
         return Exchange(service, metrics, endpoint, request, lambda body: job(served, body), seconds)
 
@@ -111,6 +111,8 @@ def _add_watching(app: FastAPI, service: EngineService, metrics: Metrics) -> Non
     @app.get("/health", responses=errors(503))
     async def health() -> Health:
         """Whether new requests are taken."""
+        if service.failure is not None:
+            raise ShuttingDown(f"the model has ended: {service.failure}; the server is shutting down")
         if service.draining:
             raise ShuttingDown("the server is shutting down; what it was asked before is still being finished")
         return {"status": "ok"}

@@ -73,6 +73,13 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "the server made a mistake; its log says which", code="internal_error")
 
 
+def check_json(request: Request) -> None:
+    """That the body is declared as JSON: a page of another site cannot declare that without asking first."""
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, f"the body is declared as {kind or 'nothing'!r}; send Content-Type: application/json")
+
+
 def to_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 

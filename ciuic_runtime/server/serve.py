@@ -45,13 +45,16 @@ def listening(config: ServerConfig) -> Iterator[socket.socket]:
 
 def serve(llm: LLM, config: ServerConfig, address: socket.socket, ready: Callable[[str], None] | None = None) -> None:
     """Answers until a signal comes. The first one lets nothing new begin, the second one cancels what runs, which
-    raises KeyboardInterrupt at the end. `ready` is called with the URL, once requests are taken."""
+    raises KeyboardInterrupt at the end. Where the model itself ends, so does this, with what it ended by. `ready` is
+    called with the URL, once requests are taken."""
     service = EngineService(llm, max_waiting=config.max_waiting)
     sys.setswitchinterval(SWITCH_SECONDS)
     server = Server(service, config, ready or (lambda url: None))
     server.run(sockets=[address])
     if server.cancelled:
         raise KeyboardInterrupt
+    if service.failure is not None:
+        raise service.failure
 
 
 class Server(uvicorn.Server):
@@ -63,6 +66,7 @@ class Server(uvicorn.Server):
         super().__init__(settings)
         self._service, self._host, self._ready = service, config.host, ready
         self._signals = 0
+        service.on_failure = self._failed
 
     @property
     def cancelled(self) -> bool:
@@ -93,6 +97,11 @@ class Server(uvicorn.Server):
     async def _drained(self) -> None:
         await self._service.drain()
         self.should_exit = True
+
+    def _failed(self) -> None:
+        """In the engine's thread, which has ended."""
+        _say(f"the model has ended: {self._service.failure}")
+        self.should_exit = True  # seen within a tenth of a second
 
     def _cancel(self) -> None:
         self._cancelling = self.loop.create_task(asyncio.to_thread(self._service.close))

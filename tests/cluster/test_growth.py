@@ -48,7 +48,7 @@ def grown(model: Path, *rates: float, smaller: bool = False, **settings: Any) ->
     whole = nodes(*rates)
     now = setup(model, whole.only(["node0/cpu"]), **settings)
     new = {f"node{i}" for i in range(1, len(rates))}
-    return choose(now, whole, new, (), smaller)
+    return choose(now, whole, new, smaller)
 
 
 def test_nodes_that_make_it_faster_by_more_than_the_models_error_are_moved_to(tiny_int4: Path) -> None:
@@ -93,7 +93,7 @@ def test_what_a_lost_node_was_given_no_longer_counts(tiny_int4: Path) -> None:
     left = now.without_nodes({"node1"})
     assert nodes_used(left.schedule) == {"node0"}
     three = replace(both, devices=(both.devices[0], replace(both.devices[1], name="node2/cpu")), links=())
-    choice = choose(left, three, {"node2"}, {"node1"}, smaller=True)
+    choice = choose(left, three, {"node2"}, smaller=True)
     assert choice.moves
     assert nodes_used(choice.setup.schedule) == {"node0", "node2"}
 
@@ -103,3 +103,24 @@ def test_a_model_too_large_for_the_nodes_is_not_read_from_this_machines_disk(tin
     small = replace(small, devices=tuple(replace(d, memory_bytes=1 << 20) for d in small.devices))
     with pytest.raises(OutOfMemory, match="node0/cpu"):
         setup(tiny_int4, small)
+
+
+def test_a_rule_for_several_nodes_holds_for_those_that_are_left(tiny_int4: Path) -> None:
+    both = ["node0/cpu", "node1/cpu"]
+    rules = ciuic.Placement().put("*", on=both).put("layers.3", on=both, shares=(0, 1))
+    now = setup(tiny_int4, nodes(SLOW, SLOW, SLOW), placement=rules)
+    left = now.without_nodes({"node1"})
+    assert nodes_used(left.schedule) == {"node0"}, "the third one is not in the rules"
+
+
+def test_a_model_on_native_kernels_takes_no_gpu_of_a_node_that_joins(tiny_int4: Path) -> None:
+    slow = nodes(SLOW, SLOW)
+    gpu = replace(slow.devices[1], name="node1/cuda:0", kind="GPU", matrix_rates=dict.fromkeys(("bfloat16",), 1e15))
+    now = setup(tiny_int4, slow.only(["node0/cpu"]))
+    choice = choose(now, replace(slow, devices=(slow.devices[0], gpu), links=()), {"node1"}, smaller=True)
+    assert not choice.moves
+    assert f"node1/cuda:0 cannot compute with the {now.kernels} kernels that this model was opened with" in choice.why
+    mixed = replace(slow, devices=(*slow.devices, gpu))
+    choice = choose(now, mixed, {"node1"}, smaller=True)
+    assert choice.moves
+    assert set(choice.setup.schedule.devices_used()) == {"node0/cpu", "node1/cpu"}

@@ -30,6 +30,7 @@ from ciuic_runtime.devices.errors import CiuicError, InvalidInput, OutOfMemory
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.engine.engine import StageLost
 from ciuic_runtime.engine.request import RequestOutput
+from ciuic_runtime.model import Model
 from ciuic_runtime.ops.native import kernels
 from ciuic_runtime.schedulers.placement import Placement
 
@@ -310,14 +311,20 @@ def test_the_exit_code_is_the_drivers(jobs: Any, code: int, message: str, write:
 
 
 def test_rules_and_budgets_for_nodes_that_are_gone_no_longer_count(write: Callable[..., Path]) -> None:
-    rules = (
-        Placement().put("*", on="cpu").put("layers.0", on="node1/cpu").put("layers.1", on=["node0/cpu", "node1/cpu"])
-    )
+    both = ["node0/cpu", "node1/cpu"]
+    rules = Placement().put("*", on="CPU").put("layers.0", on="node1/cpu").put("layers.1", on=both)
+    rules = rules.put("layers.2", on=both, shares=(1, 3)).put("layers.3", on=both, shares=(0, 1))
     job = replace(read_job(write(GENERATE)), placement=rules, memory={"node0/cpu": 1 << 28, "node1/cpu": 1 << 28})
-    left = left_of(job, Topology((DeviceSpec(name="node0/cpu", kind="CPU", memory_bytes=1 << 30),)))
+    there = Topology((DeviceSpec(name="node0/cpu", kind="CPU", memory_bytes=1 << 30),))
+    left = left_of(job, there)
     assert left.placement
-    assert [rule.pattern for rule in left.placement.rules] == ["*", "layers.1"]
+    assert [(rule.pattern, rule.on, rule.shares) for rule in left.placement.rules] == [
+        ("*", ("CPU",), ()), ("layers.1", ("node0/cpu",), ()), ("layers.2", ("node0/cpu",), (1,)),
+        ("layers.3", ("node0/cpu",), ()),
+    ]  # fmt: skip
     assert left.memory == {"node0/cpu": 1 << 28}
+    graph = Model(job.model, "int4").graph
+    assert set(left.placement.resolve(graph, there).values()) == {"node0/cpu"}
 
 
 # From a shell

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,11 +25,12 @@ from raylets import put_back
 
 import ciuic_runtime as ciuic
 from ciuic_runtime.cluster import runner as running
+from ciuic_runtime.cluster import seats
 from ciuic_runtime.cluster.host import CHANCES
 from ciuic_runtime.cluster.runner import PlacedStage, RayRunner
 from ciuic_runtime.cluster.stage_worker import StagePlan
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput, OutOfMemory
-from ciuic_runtime.devices.ray_nodes import NODE_ID, nodes_of
+from ciuic_runtime.devices.ray_nodes import NODE_ID, machine_of, nodes_of
 from ciuic_runtime.devices.ray_session import join
 from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.engine.engine import StageLost
@@ -262,7 +262,7 @@ def test_a_lost_node_and_one_that_loses_too_much_are_done_without(
         assert not losses(llm)
 
         for _ in range(CHANCES):
-            llm._host._losses.add("node1", time.monotonic())  # as if it had lost so many already
+            llm._host._count(StageLost(0, "node1", "it died"))  # as if it had lost so many already
         stages = [s.node for s in llm._host.runner.stages]
         pid = llm._host.runner.processes()[stages.index("node1")]
         assert generate(llm, 40, lambda: os.kill(pid, signal.SIGKILL)) == expected
@@ -301,6 +301,39 @@ def test_what_cannot_go_on_is_one_error(
             assert so_far.token_ids == token_ids[: len(so_far.token_ids)]
             assert so_far.logprobs == logprobs[: len(so_far.logprobs)]
         check_ended([*pids, *stages])
+
+
+def test_a_node_without_room_is_done_without_where_another_has_some(
+    cluster: Any, tiny_int4: Path, here: Topology, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one that the rules name has none, which only Ray knows."""
+    monkeypatch.setattr(seats, "RESERVE_SECONDS", 0.0)
+    put_back(cluster, 4)
+    topology = nodes(cluster, here)
+    rules = ciuic.Placement().put("*", on=["node2/cpu", "node0/cpu", "node3/cpu"])
+    rules = rules.put("embedding", on="node1/cpu").put("layers.0.*", on="node1/cpu")
+    with open_on(cluster, topology, tiny_int4, placement=rules) as llm:
+        assert [s.node for s in llm._host.runner.stages] == ["node1", "node2"]
+        taken = seats.Seats(join(None))
+        there = replace(llm._host.runner.stages[1], node="node0", node_id=nodes_of(join(None))[0]["NodeID"], cores=2.0)
+        taken.reserve([there], ())
+        pids = llm._host.runner.processes()
+        assert generate(llm, 50, kill_node(cluster, topology, "node2", pids[1:])) == expected
+        assert [s.node for s in llm._host.runner.stages] == ["node1", "node3"]
+        assert pids[0] in llm._host.runner.processes(), "the other stage was ended"
+        [note] = losses(llm)
+        assert "without node0, node2; going on after" in note
+        taken.close()
+
+
+def test_a_machine_that_fails_again_and_again_is_known_by_its_place() -> None:
+    def node(id: str, alive: bool, host: str = "laptop") -> dict[str, Any]:
+        return {"NodeID": id, "Alive": alive, "NodeManagerHostname": host, "NodeManagerAddress": "10.0.0.7"}
+
+    again = [node("a", False), node("b", True), node("c", True, "desk")]
+    assert machine_of(again[:1], "a") == machine_of(again, "b") == "laptop (10.0.0.7)"
+    assert machine_of(again, "c") == "desk (10.0.0.7)"
+    assert machine_of([*again, node("d", True)], "b") == "b", "two at once on a machine are not one"
 
 
 @pytest.mark.slow

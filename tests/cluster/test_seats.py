@@ -88,6 +88,24 @@ def test_who_asks_for_no_core_or_a_node_that_is_gone_has_no_seat(cluster: Any) -
     assert seats.strategy(gone) is None
 
 
+def test_who_is_interrupted_as_he_waits_leaves_nothing_reserved(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = join(cluster.address)
+    [first, *_] = [n["NodeID"] for n in nodes_of(ray)]
+    taken, waiting, after = Seats(ray), Seats(ray), Seats(ray)
+    taken.reserve([Stage(0, "node0", first, 1.0)], ())
+
+    def interrupted(sitters: Any) -> NoRoom:
+        raise KeyboardInterrupt
+
+    with at_once(monkeypatch), monkeypatch.context() as patch:
+        patch.setattr(waiting, "_lacking", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            waiting.reserve([Stage(0, "node0", first, 2.0)], ())
+    taken.close()
+    after.reserve([Stage(0, "node0", first, 2.0)], ())  # which the one that waited would have by now
+    after.close()
+
+
 def test_a_model_that_finds_no_room_loads_nothing(
     cluster: Any, tiny_int4: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 from raylets import free_ports
 
 from ciuic_runtime.cluster.submit import Jobs, _asked
-from ciuic_runtime.devices.errors import InvalidInput
+from ciuic_runtime.devices.errors import CiuicError, InvalidInput
 from ciuic_runtime.devices.ray_session import asks_for_token, join
 
 pytestmark = pytest.mark.usefixtures("ray")
@@ -73,8 +73,21 @@ def test_a_cluster_that_asks_for_a_token_is_known_from_one_that_does_not(cluster
     assert _asked(f"http://{cluster.webui_url}") == 401
 
 
+def test_what_is_no_answer_is_not_taken_for_one(cluster: Any) -> None:
+    nobody = f"127.0.0.1:{free_ports('nobody')['nobody']}"
+    with pytest.raises(CiuicError, match="asks for a token could not be found out: UNAVAILABLE"):
+        asks_for_token(nobody)
+    join(cluster.address)
+    _, _, port = cluster.address.rpartition(":")
+    assert join(f"localhost:{port}") is join(cluster.address), "the same one by another name"
+    with pytest.raises(InvalidInput, match=f"this process has joined the cluster at .*, and {nobody} was asked for"):
+        join(nobody)
+
+
 @pytest.mark.slow
-def test_a_cluster_is_joined_with_a_token_that_it_asks_for(open_cluster: tuple[str, str], tmp_path: Path) -> None:
+def test_a_cluster_is_joined_with_a_token_that_it_asks_for(
+    open_cluster: tuple[str, str], tiny_int4: Path, tmp_path: Path
+) -> None:
     address, dashboard = open_cluster
     without = environment(tmp_path)
     knows_one = environment(tmp_path, RAY_AUTH_TOKEN="0" * 64)
@@ -99,6 +112,16 @@ def test_a_cluster_is_joined_with_a_token_that_it_asks_for(open_cluster: tuple[s
     code, said = ciuic(without, "devices", "--address", address, "--insecure", "--measure", "never")
     assert code == 0
     assert "node0/cpu" in [device["name"] for device in said["devices"]]
+
+    code, said = ciuic(without, "replan", "--address", address, "--insecure")
+    assert (code, said["error"]["type"]) == (2, "InvalidInput")
+    assert "no model runs on this cluster" in said["error"]["message"], "it was joined"
+    run = ["run", str(tiny_int4), "--prompt", "A", "--max-tokens", "3", "--threads", "1", "--executor", "ray"]
+    code, said = ciuic(without, *run, "--address", address)
+    assert code == 2
+    code, said = ciuic(without, *run, "--address", address, "--insecure")
+    assert code == 0, said
+    assert len(said["token_ids"]) <= 3
 
 
 @pytest.mark.slow  # Ray tries again and again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 from conftest import DELAY, LATE, Client
 
+from ciuic_runtime.dashboard.growing import Growing
+from ciuic_runtime.dashboard.memory import memory_answer
 from ciuic_runtime.dashboard.pages import ADDRESSES
 from ciuic_runtime.dashboard.source import Source, open_file
-from ciuic_runtime.schedulers.late import late_task
-from ciuic_runtime.schedulers.recording import READ, WAIT
+from ciuic_runtime.devices.toml import read_topology
+from ciuic_runtime.schedulers.late import in_words, late_task
+from ciuic_runtime.schedulers.recording import EVICT, READ, WAIT
 
 API = "/dashboard/api"
 
@@ -71,7 +75,8 @@ def test_memory_is_that_of_the_rows(ask: Any, run: Source) -> None:
     assert found["totals"]["bytes_read"] == reads["nbytes"].sum() == sum(found["events"]["bytes"])
     assert sum(found["events"]["reads"]) == len(reads)
     assert sum(found["events"]["late"]) == len(waits)
-    assert found["totals"]["waited_s"] == pytest.approx((waits["end"] - waits["start"]).sum())
+    assert found["totals"]["evictions"] == (rows["kind"] == EVICT).sum() > 0
+    assert found["totals"]["waited_s"] == pytest.approx((waits["end"] - waits["start"]).sum(), rel=0.1)
     assert found["late"][0]["page"] == LATE
     assert found["late"][0]["waited_s"] == max(one["waited_s"] for one in found["late"])
     tiers = {(tier["name"], tier["what"]): tier for tier in found["tiers"]}
@@ -118,9 +123,66 @@ def test_a_plan_alone(plan_file: Path, client: Client) -> None:
         assert http.get(f"{API}/0/steps").json()["total"] == 0
 
 
+def test_totals_are_of_all_that_happened_also_where_rows_are_forgotten(ask: Any, run: Source) -> None:
+    whole = ask("memory")["totals"]
+    half = Growing(run.recording).of_steps(len(run.recording.steps) // 2, len(run.recording.steps))
+    assert 0 < len(half.rows) < len(run.recording.rows)
+    assert memory_answer(Source("half", "trace", half), 10)["totals"] == whole
+    rows_only = replace(run.recording, pages={}, expert_uses={})
+    found = memory_answer(Source("rows", "trace", rows_only), 10)["totals"]
+    assert (found["bytes_read"], found["evictions"]) == (whole["bytes_read"], whole["evictions"])
+    assert (found["hits"], found["misses"], found["hit_rate"]) == (None, None, None)
+
+
+def test_a_disk_twice_as_fast_is_the_one_of_the_what_if_view(run: Source, client: Client, tmp_path: Path) -> None:
+    """Its figure is what the cost model makes of the step on the topology that its patch gives there."""
+    assert run.basis is not None
+    with client(run) as http:
+        steps = [http.get(f"{API}/0/steps/{n}").json() for n in range(len(run.recording.steps))]
+        twice = "With a disk twice as fast"
+        number, found = next((s["step"], f) for s in steps for f in s["faster"] if f["text"].startswith(twice))
+        assert found["whatif"] == {"bandwidth": {"disk": 4e9}}
+        toml = http.post(f"{API}/0/whatif", json=found["whatif"]).json()["devices_toml"]
+    (tmp_path / "whatif.toml").write_text(toml)
+    topology = read_topology(tmp_path / "whatif.toml")
+    assert (topology.device("disk").memory_bandwidth, topology.link("disk", "cpu").bandwidth) == (4e9, 4e9)
+    forecaster, step = run.basis.forecaster, run.recording.steps[number].step
+    assert step is not None
+    again = replace(forecaster, schedule=replace(forecaster.schedule, topology=topology))
+    [info] = again.recost([step]).steps
+    assert f"puts this step at {in_words(info.end - info.start)} instead of" in found["text"]
+
+
+def test_answers_are_never_those_of_another_run(run: Source, client: Client) -> None:
+    """An address says neither file nor run, so nothing under it may be kept."""
+    with client(run) as http:
+        for path in ("summary", "steps", "steps/1", "tiles/36/0", "memory", "save", "trace"):
+            assert http.get(f"{API}/0/{path}").headers["cache-control"] == "no-store", path
+
+
+def test_the_whole_trace_can_be_had(run: Source, plan_file: Path, client: Client, tmp_path: Path) -> None:
+    with client(run, open_file(plan_file)) as http:
+        answer, none = http.get(f"{API}/0/trace"), http.get(f"{API}/1/trace")
+    assert answer.headers["content-disposition"] == 'attachment; filename="run.json-trace.json"'
+    (tmp_path / "again.json").write_bytes(answer.content)
+    again = open_file(tmp_path / "again.json")
+    assert again.recording.rows.tolist() == run.recording.rows.tolist()
+    assert (again.recording.pages, again.recording.basis) == (run.recording.pages, run.recording.basis)
+    assert again.basis is not None
+    assert (none.status_code, "has no passes" in none.json()["error"]["message"]) == (409, True)
+
+
 @pytest.mark.parametrize(
     ("path", "status", "says"),
     [
+        ("0/steps/0000000000001x", 404, "there is no step"),
+        ("0/steps/0000000000000000000", 404, "there is no step"),
+        ("0/steps/%D9%A3", 404, "there is no step"),
+        ("0000000001/summary", 404, "there is no source 0000000001"),
+        ("%D9%A3/summary", 404, "there is no source"),
+        ("0//[", 404, "there is nothing at"),
+        ("0/[::1/steps", 404, "there is nothing at"),
+        ("0/steps%3Fmost=0", 400, "most is 0"),
         ("0/steps/999", 404, "steps 0 to"),
         ("0/steps/x", 404, "there is no step x"),
         ("0/tiles/3/0", 404, "there is no tile"),

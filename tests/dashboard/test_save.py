@@ -54,6 +54,18 @@ def test_it_answers_as_the_live_page_does(run: Source, client: Client) -> None:
                 assert saved == rounded(http.get(f"/dashboard/api/0/{path}").json()), path
 
 
+@pytest.mark.parametrize("name", ["r\u00e9sum\u00e9 1.json", "\u8a18\u9332.json", 'a"b\r\n.json'])
+def test_any_file_name_can_be_saved(client: Client, name: str) -> None:
+    with client(Source(name, "trace", made(1))) as http:
+        for path, end in (("save", "dashboard.html"), ("trace", "trace.json")):
+            answer = http.get(f"/dashboard/api/0/{path}")
+            assert answer.status_code == 200
+            assert re.fullmatch(
+                rf'attachment; filename="[\w.-]+-{end}"', answer.headers["content-disposition"], re.ASCII
+            )
+        assert http.get("/dashboard/api/sources").json()["sources"][0]["name"] == name
+
+
 def test_it_needs_nothing_else(run: Source) -> None:
     page = save_page(run).decode()
     shell = SAVED.sub("", page)

@@ -33,7 +33,7 @@ def totals(timeline: Timeline, level: int) -> dict[str, tuple[int, int, int]]:
     found: dict[str, tuple[int, int, int]] = {}
     for index in range((timeline.end >> level) + 1):
         for lane in timeline.tile(level, index)["lanes"]:
-            name, begins = timeline.lanes[lane["lane"]], [at >= 0 for at in lane["from"]]
+            name, begins = lane["lane"], [at >= 0 for at in lane["from"]]
             mine = [
                 sum(v for v, here in zip(lane[key], begins, strict=True) if here) for key in ("count", "busy", "bytes")
             ]
@@ -76,13 +76,13 @@ def test_what_came_later_is_as_if_it_had_always_been_there(recording: Recording,
     assert grown.end == whole.end
     for index in range((whole.end >> level) + 1):
         first_tile, second = grown.tile(level, index), whole.tile(level, index)
-        assert by_lane(first_tile, grown) == by_lane(second, whole)
+        assert by_lane(first_tile) == by_lane(second)
 
 
-def by_lane(tile: dict[str, Any], timeline: Timeline) -> dict[str, Any]:
-    """With the names in place of their numbers, which are given in order of arrival."""
+def by_lane(tile: dict[str, Any]) -> dict[str, Any]:
+    """With the names of tasks in place of their numbers; lanes are in order of arrival."""
     return {
-        timeline.lanes[lane["lane"]]: {
+        lane["lane"]: {
             **{key: value for key, value in lane.items() if key not in ("lane", "task")},
             "task": [None if n == SEVERAL else tile["tasks"][n] for n in lane["task"]],
         }
@@ -122,6 +122,16 @@ def test_a_bar_has_the_kind_that_took_most() -> None:
     assert [SHOWN[kind] for kind in lane["kind"]] == ["mlp"]
     assert lane["task"] == [SEVERAL]
     assert lane["count"] == [9]
+
+
+@given(recordings, st.integers(FINEST, 40))
+def test_tiles_cover_the_whole_recording(recording: Recording, level: int) -> None:
+    """Which may end with a step, after its last event."""
+    timeline = timeline_of(recording)
+    last = int(nanoseconds(recording.seconds)) >> level
+    assert timeline.tile(level, last)["index"] == last
+    with pytest.raises(InvalidInput, match="there is no tile"):
+        timeline.tile(level, last + 1)
 
 
 @pytest.mark.parametrize(("level", "index"), [(FINEST - 1, 0), (COARSEST + 1, 0), (20, 10**6), (20, -1)])

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 
+from ciuic_runtime.dashboard.growing import Growing
+from ciuic_runtime.dashboard.live import LiveSource
 from ciuic_runtime.dashboard.serve import DashboardServer
-from ciuic_runtime.dashboard.source import open_file
+from ciuic_runtime.dashboard.source import Source, open_file
 from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.engine.llm import LLM
 from ciuic_runtime.engine.service import EngineService
-from ciuic_runtime.schedulers.chrome import write_recording
+from ciuic_runtime.schedulers.chrome import read_recording, write_recording
 from ciuic_runtime.schedulers.recording import Mark, PassNote, Recording, RequestNote
 from ciuic_runtime.schedulers.trace import Event, StepInfo, Trace
 from ciuic_runtime.server.config import ServerConfig
@@ -31,6 +33,23 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="no c
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 STEPS, LAYERS, SLOW = 120, 6, 73
 PAGE = "layers.3.experts.17"
+ROWS = """canvas => {  // the colours in the middle of each lane's row, by lane, without what is as good as transparent
+    const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext('2d', {willReadFrequently: true});
+    const ratio = devicePixelRatio, found = {};
+    copy.drawImage(canvas, 0, 0);
+    Gantt.state.lanes.forEach((name, lane) => {
+        const y = Math.round((Gantt.state.y(lane) - 6) * ratio);
+        const data = copy.getImageData(0, y, canvas.width, 1).data;
+        found[name] = {};
+        for (const kind of Colours.KINDS) {
+            const [r, g, b] = Colours.rgb(kind);
+            for (let i = 0; i < data.length; i += 4)
+                if (data[i] === r && data[i + 1] === g && data[i + 2] === b)
+                    found[name][kind] = (found[name][kind] || 0) + 1;
+        }
+    });
+    return found;
+}"""
 COLOURS = """canvas => {
     const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data, seen = {};
     for (let i = 0; i < data.length; i += 4) {
@@ -83,8 +102,8 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def served(files: list[Path], **settings: Any) -> Iterator[str]:
-    """The address of `ciuic dashboard FILES`."""
+def served(files: list[Path], sources: Sequence[Source] = (), **settings: Any) -> Iterator[str]:
+    """The address of `ciuic dashboard FILES`, and of what else is a source."""
     config = ServerConfig(port=0, **settings)
     with listening(config) as address:
         urls: list[str] = []
@@ -94,7 +113,7 @@ def served(files: list[Path], **settings: Any) -> Iterator[str]:
             urls.append(url)
             ready.set()
 
-        server = DashboardServer([open_file(file) for file in files], config, up)
+        server = DashboardServer([*(open_file(file) for file in files), *sources], config, up)
         thread = threading.Thread(target=lambda: server.run(sockets=[address]))
         thread.start()
         try:
@@ -345,6 +364,10 @@ def test_a_saved_page_opens_from_disk_and_shows_the_same(browser: Any, url: str,
         page.click("#save")
     file = tmp_path / "saved.html"
     download.value.save_as(file)
+    with page.expect_download() as download:
+        page.click("#trace")
+    download.value.save_as(tmp_path / "trace.json")
+    assert len(read_recording(tmp_path / "trace.json").steps) == STEPS
     assert file.stat().st_size <= 5_000_000
     assert wrong == []
     saved, wrong = opened(browser, file.as_uri())
@@ -447,6 +470,123 @@ def test_steps_arrive_live(browser: Any, tiny_int4: Path, here: Topology) -> Non
         )
         assert asked == 1, "new steps are added, not all of them asked for again"
         assert wrong == []
+
+
+def test_lanes_that_came_after_the_page_was_opened_have_their_bars(
+    browser: Any, tiny_int4: Path, with_disk: Topology
+) -> None:
+    """Whatever brought them first: tiles, or the answer of a step, which has them in another order."""
+    settings: dict[str, Any] = {"memory": {"cpu": "1100KiB"}, "max_model_len": 128, "max_num_seqs": 2, "threads": 1}
+    with LLM(tiny_int4, devices=with_disk, serving=True, **settings) as llm, serving(llm) as url:
+        page, wrong = opened(browser, url)
+        page.wait_for_selector("#status:has-text('live')")
+        page.wait_for_selector(".answer:has-text('No step is recorded yet')")
+        assert page.evaluate("Gantt.state.lanes") == []
+        generate(url, tiny_int4.name)
+        until(lambda: page.evaluate("Strip.state.steps") >= 40)
+        page.click("#whole-trace")
+        until(lambda: page.evaluate("Gantt.state.bars") > 100)
+        assert set(page.evaluate("Gantt.state.lanes")) >= {"cpu", "host", "disk -> cpu", "disk -> cpu (2)"}
+        bars_are_on_their_lanes(page, url)
+        page.click("#views [data-view=memory]")
+        page.wait_for_selector(".view-memory .figure")
+        page.click("#views [data-view=tokens]")
+        page.wait_for_selector("#slow button")
+        page.click("#slow button")
+        page.wait_for_selector(".answer h2:has-text('Step ')")
+        bars_are_on_their_lanes(page, url)
+        page.click("#whole-trace")
+        until(lambda: page.evaluate("Gantt.state.bars") > 100)
+        assert wrong == []
+
+
+def bars_are_on_their_lanes(page: Any, url: str) -> None:
+    """What tiles show of the fifth step, which is not the chosen one, is what that step has on each lane."""
+    step = got(url, "steps/5")
+    begin, end = step["start"], step["end"]
+    page.evaluate(f"Gantt.current.show({begin * 1e9}, {end * 1e9})")
+    wide = (end - begin) / 100  # s: about 10 px
+    for lane in step["lanes"]:
+        if not lane["actual"]["from"]:
+            continue
+        spans = zip(*(lane["actual"][key] for key in ("from", "to", "kind")), strict=True)
+        kinds = {kind for start, end, kind in spans if end - start > wide} - {"wait"}  # which is hatched
+        until(lambda lane=lane, kinds=kinds: kinds <= set(painted(page)[lane["name"]]))  # type: ignore[misc]
+    for lane, seen in painted(page).items():
+        if lane.startswith("disk"):
+            assert set(seen) <= {"read"}, lane
+        else:
+            assert "read" not in seen, lane
+        assert ("sample" in seen) <= (lane == "host"), lane
+
+
+def painted(page: Any) -> dict[str, dict[str, int]]:
+    """Of each lane the kinds of task that are seen there, and how many pixels of its row they take."""
+    settled(page)
+    found: dict[str, dict[str, int]] = page.eval_on_selector(".gantt canvas", ROWS)
+    return found
+
+
+class Replayed(LiveSource):
+    """An engine whose passes have ended when the test says so; everything else is as it is of one at work."""
+
+    stages, ended = (0,), False  # type: ignore[assignment]
+    ray_dashboard = None  # type: ignore[assignment]
+    num_requests, request_notes = Source.num_requests, Source.request_notes
+    request_notes_of, whole = Source.request_notes_of, Source.whole
+
+    def __init__(self, recording: Recording, passes: int) -> None:
+        Source.__init__(self, "live", "live")
+        self.passes, self._all = passes, Growing(recording)
+        self.seen()
+
+    def refresh(self, counts: bool = False) -> None:
+        with self.lock:
+            self.shown = self.shown.add(self._all.of_steps(self.shown.growing.next_step, self.passes))
+
+
+def overlapping() -> Recording:
+    """Passes of a pipeline: while the second one ended, the third one had a page read, by a second lane."""
+    attention, lane, other = "layers.0.attention", "cpu", "disk -> cpu (2)"
+    events = [
+        Event(attention, lane, 0.0, 0.4, 0, "prefill", "compute", 0, ""),
+        Event(attention, lane, 0.4, 1.0, 1, "decode", "compute", 0, ""),
+        Event(PAGE, other, 0.7, 1.2, 2, "decode", "read", 5_800_000, ""),
+        Event(attention, lane, 1.2, 1.4, 2, "decode", "compute", 0, ""),
+        Event(attention, lane, 1.4, 1.6, 3, "decode", "compute", 0, ""),
+    ]
+    times = [(0.0, 0.4), (0.3, 1.0), (0.6, 1.4), (1.3, 1.6)]
+    steps = [StepInfo("decode" if i else "prefill", 1, 1, start, end) for i, (start, end) in enumerate(times)]
+    return Recording.of(Trace(tuple(events), tuple(steps), "measured", ("cpu",)))
+
+
+def test_what_began_before_now_and_ended_later_is_drawn(browser: Any) -> None:
+    source = Replayed(overlapping(), 2)
+    with served([], sources=[source]) as url:
+        page, wrong = opened(browser, url)
+        drawn(page)
+        page.evaluate("Gantt.current.show(0.4e9, 1.0e9)")
+        settled(page)
+        until(lambda: page.evaluate("Gantt.state.tiles.asked === 0 && Gantt.state.tiles.wanted === 0"))
+        assert page.evaluate("Gantt.state.lanes") == ["cpu"]
+        tiles = page.evaluate("Gantt.state.tiles.tiles")
+        assert tiles > 2, "some lie in the past"
+        source.passes = 3
+        until(lambda: page.evaluate("Strip.state.steps") == 3)
+        until(lambda: painted(page).get("disk -> cpu (2)", {}).get("read", 0) > 300)
+        assert page.evaluate("Gantt.state.view.to") == 1e9, "it was looked for where it is"
+        # A stream that the server ends is taken up again.
+        source.ended = True  # type: ignore[misc]
+        page.wait_for_selector("#status:has-text('not connected')")
+        source.ended, source.passes = False, 4  # type: ignore[misc]
+        until(lambda: page.evaluate("Strip.state.steps") == 4)
+        assert "4 steps" in page.inner_text("#status")
+        assert wrong == []
+
+
+def got(url: str, path: str) -> Any:
+    with urllib.request.urlopen(f"{url}/api/0/{path}", timeout=30) as answer:
+        return json.loads(answer.read())
 
 
 def generate(url: str, model: str) -> None:

@@ -379,6 +379,20 @@ def test_a_server_at_work_is_followed_but_not_pressed(opened: Open, live: str) -
 # Why this plan
 
 
+@pytest.mark.parametrize(("source", "says"), [(RUN, "2.0 h before this run"), (PLAN, "2.0 h ago")])
+def test_the_age_of_the_costs_counts_from_when_they_were_used(
+    opened: Open, dashboard: str, source: int, says: str
+) -> None:
+    """Of a recording that is when it began, however old it is itself."""
+    found = got(dashboard, "why", source)
+    found["calibration"]["age_s"] = 7200.0  # this machine's rates are declared here, so they have no age
+    page = opened(dashboard, "memory?source=" + str(source), ready=".figure")
+    page.route("**/why", lambda route: route.fulfill(json=found))
+    page.click("#views [data-view=why]")
+    page.wait_for_selector(".view-why .figure")
+    assert figure(page, "measured") == says
+
+
 @pytest.mark.parametrize("server", ["dashboard", "live"], indirect=True)
 def test_the_plan_is_explained_with_its_figures(opened: Open, server: str) -> None:
     found = got(server, "why")

@@ -85,4 +85,9 @@ def test_what_cannot_be_asked(plan_file: Path, client: Client, change: Any, says
 
 def test_a_body_that_is_no_json(plan_file: Path, client: Client) -> None:
     with client(open_file(plan_file)) as http:
-        assert http.post(WHATIF, content="{").status_code == 400
+        json = {"Content-Type": "application/json"}
+        assert http.post(WHATIF, content="{", headers=json).status_code == 400
+        for kind in ({}, {"Content-Type": "text/plain"}):
+            answer = http.post(WHATIF, content="{}", headers=kind)
+            assert (answer.status_code, "send Content-Type" in answer.json()["error"]["message"]) == (415, True)
+        assert http.post(WHATIF, content="{}", headers={"Content-Type": "Application/JSON; charset=utf-8"}).is_success

@@ -109,6 +109,22 @@ def test_losses_are_marked_and_those_that_ran_were_preempted(llm: LLM, monkeypat
     assert recording.requests[0].preemptions == 1
 
 
+def test_who_still_runs_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_ENDED", 4)
+    journal, begin = Journal(), time.perf_counter()
+    for index in range(20):
+        request: Any = Request(index, (1, 2), SamplingParams(), SimpleNamespace(finish=str), frozenset())  # type: ignore[arg-type]
+        journal.arrived(request)
+        if index != 1:
+            request.finish("length")
+            journal.ended(request)
+    notes = journal.requests(begin)
+    assert (notes[0].request, notes[0].ended) == (1, None)
+    assert [note.request for note in notes[1:]] == list(range(20 - len(notes) + 1, 20))
+    journal.all_ended("interrupted")
+    assert all(note.ended for note in journal.requests(begin))
+
+
 def test_it_neither_grows_nor_forgets_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_ENDED", 8)
     journal, begin = Journal(), time.perf_counter()
@@ -120,6 +136,10 @@ def test_it_neither_grows_nor_forgets_at_once(monkeypatch: pytest.MonkeyPatch) -
         told = [note.request for note in journal.requests(begin)]
         assert told == list(range(index + 1 - len(told), index + 1))
         assert min(index + 1, 4) <= len(told) <= 8
+        assert [note.request for note in journal.requests(begin, 3)] == told[-3:]
+        assert [note.request for note in journal.requests_of([-1, told[0], index + 1], begin)] == told[:1]
+        assert journal.num_requests == len(told)
+    assert journal.requests(begin, 0) == []
     for _ in range(100):
         journal.mark("lost", "a stage")
     assert 4 <= len(journal.marks(begin)) <= 8

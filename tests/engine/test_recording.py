@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -193,3 +195,62 @@ def test_what_is_on_a_lane_does_not_overlap(paged: ciuic.LLM) -> None:
     assert len(lanes) > 2
     for mine in lanes.values():
         assert all(a[1] <= b[0] for a, b in pairwise(sorted(mine)))
+
+
+def test_what_others_do_to_memory_waits_for_the_end_of_the_step(
+    paged: ciuic.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows must not come between those of the step and its end."""
+    with paged as llm:
+        llm.generate([PROMPT], GREEDY)
+        recorder, page, waited = llm._host.recorder, list(llm.memory.pages)[-1], list[bool]()
+        end_step, others = recorder.end_step, list[threading.Thread]()
+
+        def ends(*arguments: Any) -> None:
+            others.append(threading.Thread(target=llm.memory.evict, args=(page,)))
+            others[-1].start()
+            others[-1].join(0.05)
+            waited.append(others[-1].is_alive())
+            end_step(*arguments)
+
+        monkeypatch.setattr(recorder, "end_step", ends)
+        llm.generate([PROMPT], GREEDY)
+        for other in others:
+            other.join()
+    assert len(waited) == 6
+    assert all(waited)
+
+
+def test_what_others_do_to_memory_is_recorded_whole(paged: ciuic.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With chunks so small that every few rows begin one."""
+    with paged as llm:
+        memory, stop, failed = llm.memory, threading.Event(), list[Exception]()
+        monkeypatch.setattr(llm._host.recorder, "_chunk", 3)
+        budget = memory.reserved + memory.budget
+
+        def disturb() -> None:
+            names = list(memory.pages)
+            try:
+                for i in itertools.count():
+                    if stop.is_set():
+                        return
+                    memory.evict(names[i % len(names)])
+                    memory.prefetch(names[(7 * i) % len(names)])
+                    memory.set_budget("cpu", budget + 4096 * (i % 2))
+            except Exception as error:
+                failed.append(error)
+
+        other = threading.Thread(target=disturb)
+        other.start()
+        try:
+            [output] = llm.generate([PROMPT], replace(GREEDY, max_tokens=60))
+        finally:
+            stop.set()
+            other.join()
+        assert not failed
+        llm.generate([PROMPT], GREEDY)  # takes in what is on its way
+        recording = llm.recording()
+        again = llm.generate([PROMPT], replace(GREEDY, max_tokens=60))[0]
+    assert output.token_ids == again.token_ids
+    assert (np.diff(recording.rows["step"]) >= 0).all()
+    assert len(recording.steps) == 6

@@ -215,13 +215,15 @@ def test_a_request_whose_logits_are_no_numbers_ends_alone(model: LLM, monkeypatc
 def test_a_pass_that_fails_ends_those_that_ran_and_the_service_goes_on(
     model: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, calls = model._host.executor.step, []
+    step, together = model._host.executor.step, []
 
-    def failing(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 20:
-            raise OSError("the disk is gone")
-        return step(*arguments)
+    def failing(batch: Any, *arguments: Any) -> Any:
+        """Once, in the third pass of both."""
+        if len(batch.sequences) == 2:
+            together.append(batch)
+            if len(together) == 3:
+                raise OSError("the disk is gone")
+        return step(batch, *arguments)
 
     monkeypatch.setattr(model._host.executor, "step", failing)
 
@@ -233,6 +235,29 @@ def test_a_pass_that_fails_ends_those_that_ran_and_the_service_goes_on(
     assert [(one[-1].finish_reason, one[-1].error) for one in failed] == [("error", "the disk is gone")] * 2
     assert len(tokens(after)) == 3
     assert stats.kv_blocks_used == 0
+
+
+def test_nothing_is_gathered_by_who_looks_until_the_service_is_closed(
+    model: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the engine's thread has ended by a mistake: who looks does so in a thread of another's."""
+    waited: list[bool] = []
+    monkeypatch.setattr(model._host, "gather", lambda wait=False: waited.append(wait))
+
+    async def act(service: EngineService) -> None:
+        before = model.recording().first_step + len(model.recording().steps)
+        await whole(service, [5], SamplingParams(max_tokens=2, ignore_eos=True))
+        monkeypatch.setattr(service, "_gather", lambda: 1 / 0)
+        service._wake.set()
+        service._thread.join(10)
+        assert not service._thread.is_alive()
+        recording = model.recording()
+        assert recording.first_step + len(recording.steps) == before + 2
+        assert True not in waited
+
+    served(model, act)
+    model.recording()
+    assert waited[-1] is True
 
 
 def test_logprobs_are_those_of_the_logits_and_the_prompts_too(model: LLM) -> None:

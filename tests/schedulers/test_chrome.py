@@ -54,7 +54,7 @@ WHOLE = Recording(
     marks=(Mark(1.25, "lost", "stage 1 on node1 was lost"),),
     capacity={("cpu", "weight pages"): 16384, ("cpu", "KV cache"): 128}, devices=("cpu", "idle"),
     notes=("a note", "another"), began=1.7e9, basis={"model": "whatever"},
-    pages={"layers.1.experts.7": PageCounts(5, 3, 2, 0.5, False)}, expert_uses={"layers.1.experts": [0, 7, 9]},
+    pages={"layers.1.experts.7": PageCounts(5, 3, 2, 0.5, False, 8192, 1)}, expert_uses={"layers.1.experts": [0, 7, 9]},
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@
   let summary = null;
   let source = null; // what GET sources says of it
   let connected = null; // null: not live
+  let heard = 0; // events that brought the summary up to date
   let stop = () => {};
 
   const views = () => ORDER.map((id) => Views.all.find((view) => view.id === id)).filter(Boolean);
@@ -76,6 +77,7 @@
     const { model } = summary;
     $("title").textContent = model ? [model.name, model.format].filter(Boolean).join(" in ") : summary.title;
     $("save").hidden = Data.saved;
+    $("trace").hidden = Data.saved || summary.kind === "schedule";
     connected = summary.kind === "live" && !Data.saved ? false : null;
     status();
     if (connected !== null) stop = Data.live(arrived);
@@ -83,16 +85,34 @@
 
   function arrived(event) {
     if (event.type === "connection") connected = event.open;
-    if (event.type === "steps") {
-      for (const name of ["num_events", "num_steps", "first_step"]) summary[name] = event[name] ?? summary[name];
-      summary.seconds = Math.max(event.recorded_s ?? 0, summary.seconds, ...event.end.slice(-1));
-    }
-    if (event.type === "marks") {
-      summary.marks = event.marks;
-      Data.get("summary").then((now) => { summary.nodes = now.nodes; status(); });
-    }
+    if (event.type === "steps") hear({ num_events: event.num_events, num_steps: event.num_steps,
+      first_step: event.first_step, seconds: event.recorded_s });
+    if (event.type === "marks") hear({ marks: event.marks });
     status();
     shown?.handle.live?.(event);
+    if (event.type === "marks" || (event.type === "connection" && event.open)) renew();
+  }
+
+  function hear(news) {
+    heard += 1;
+    Object.assign(summary, news);
+  }
+
+  // A loss, a join and a server that was away may have changed all that the summary says: nodes, lanes, the plan.
+  async function renew() {
+    const mine = summary, before = heard;
+    let now;
+    try {
+      now = await Data.get("summary");
+    } catch (error) {
+      if (error.status === 0) return; // of a server that is away again, the status line tells
+      throw error;
+    }
+    if (mine !== summary) return; // another source was chosen meanwhile
+    if (heard !== before) for (const name of ["num_events", "num_steps", "first_step", "seconds", "marks"]) delete now[name];
+    Object.assign(summary, now);
+    status();
+    shown?.handle.live?.({ type: "summary" });
   }
 
   function status() {
@@ -153,19 +173,24 @@
     event.preventDefault();
   });
 
-  async function save() {
-    $("save").disabled = true;
+  async function download(button, path) {
+    button.disabled = true;
     try {
-      const query = new URLSearchParams({ ...Object.fromEntries(Views.params()), view: Views.current() });
-      query.delete("source");
-      await Data.download(`save?${query}`);
+      await Data.download(path());
     } catch (error) {
-      Views.tell(error, save);
+      Views.tell(error, () => download(button, path));
     }
-    $("save").disabled = false;
+    button.disabled = false;
   }
 
-  $("save").addEventListener("click", save);
+  function where() {
+    const query = new URLSearchParams({ ...Object.fromEntries(Views.params()), view: Views.current() });
+    query.delete("source");
+    return query;
+  }
+
+  $("save").addEventListener("click", (event) => download(event.currentTarget, () => `save?${where()}`));
+  $("trace").addEventListener("click", (event) => download(event.currentTarget, () => "trace"));
   $("help").addEventListener("click", () => $("help-text").showModal());
   $("error-close").addEventListener("click", () => Views.tell(null));
   $("source").addEventListener("change", (event) => {

@@ -4,6 +4,7 @@
 // Drawn with a scale {from, to (ns), x(ns) -> px, left, right, height}.
 const Axis = (() => {
   const STEPS = 9, TICKS = 27, MARKS = 43; // y of their texts
+  const LETTER = 6.3; // px that one takes, usually
 
   // Ticks count from `origin` ns, which is the begin of the step that is looked at, or of the recording.
   function ticks(pen, scale, origin) {
@@ -57,7 +58,7 @@ const Axis = (() => {
 
   // A text cut to a width, by the usual width of a letter: measuring every text would take longer than drawing it.
   function text(pen, words, x, y, room) {
-    const letters = Math.floor(room / 6.3);
+    const letters = Math.floor(room / LETTER);
     if (letters < 2) return;
     pen.fillText(words.length > letters ? `${words.slice(0, letters - 1)}…` : words, x, y);
   }
@@ -82,9 +83,9 @@ const Axis = (() => {
       const words = mark.text.toLowerCase().includes(mark.kind) ? mark.text : `${mark.kind}: ${mark.text}`;
       pen.fillStyle = colour;
       text(pen, words, x + 5, MARKS, scale.right - x - 8);
-      free = x + 12 + words.length * 6.3;
+      free = x + 12 + words.length * LETTER;
     }
   }
 
-  return { ticks, steps, marks, text, after, height: (withMarks) => (withMarks ? 54 : 38) };
+  return { ticks, steps, marks, text, after, LETTER, height: (withMarks) => (withMarks ? 54 : 38) };
 })();

@@ -5,6 +5,7 @@
 //   await Data.summary(): GET summary, asked once per source and kept up to date by what arrives live
 //   await Data.sources(); Data.source, Data.choose(id); Data.saved; Data.has("steps/12"): a saved page may not have it
 //   Data.live(handler) -> stop(): handler({type: "steps" | "requests" | "marks" | "connection", ...}); Data.connected
+//     (app.js adds {type: "summary"}: it was brought up to date)
 //   await Data.download("save?view=tokens"): a file, with the API key where there is one
 // What cannot be had is an Error whose message says what to do (Refused, with .status; 0: not reached).
 class Refused extends Error {
@@ -157,7 +158,11 @@ const Data = (() => {
         if (done) return;
         const lines = (held + value).split("\n");
         held = lines.pop();
-        for (const line of lines) if (line.startsWith("data:")) yield JSON.parse(line.slice(5));
+        for (const line of lines) {
+          const event = line.startsWith("data:") ? JSON.parse(line.slice(5)) : undefined;
+          if (event === null) return; // the server ends the stream
+          if (event) yield event;
+        }
       }
     } finally {
       reader.cancel().catch(() => {}); // it is at its end, or nobody reads on

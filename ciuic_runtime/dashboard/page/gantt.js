@@ -4,7 +4,9 @@
 // with what it waited for, requests and marks along the same axis. Beyond the chosen step it draws tiles.
 //   const gantt = Gantt.of(root, {summary, bars, choose(step), found(text)})
 //   gantt.step(answer of GET steps/n); gantt.requests(answer); gantt.showStep(), gantt.showAll(), gantt.zoom(factor)
-//   gantt.find(text); gantt.next(); gantt.live(); gantt.state: what is drawn, for tests and benchmarks
+//   gantt.find(text); gantt.next(); gantt.state: what is drawn, for tests and benchmarks
+//   gantt.added(since): events came, none of which begins before `since` ns; gantt.renewed(): the summary was brought up to date
+// Lanes go by name everywhere: a step, a tile and the summary each have some of them, in an order of their own.
 const Gantt = (() => {
   const LANE = 36, PLANNED = 8, ACTUAL = 19; // px: of a lane, and of its two rows
   const SHORTEST = 2000; // ns that the chart covers at least
@@ -16,9 +18,12 @@ const Gantt = (() => {
     const label = "Chart of what every resource did; the text beside it says the same";
     const canvas = Views.make("canvas", { tabindex: "0", role: "img", "aria-label": label });
     root.append(canvas);
-    const tiles = summary.num_events ? Tiles.of(summary, () => redraw()) : null;
+    const tiles = Tiles.of(summary, (tile) => {
+      if (tile) meet(tile.lanes.keys());
+      redraw();
+    });
     const rows = Rows.of(summary.kinds);
-    const names = summary.lanes.map((lane) => lane.name);
+    const names = []; // of lanes, from the top down
     const kindOf = (name) => Math.max(0, summary.kinds.indexOf(name));
     const waits = summary.kinds.indexOf("wait");
     const view = { from: 0, to: Math.max(SHORTEST, summary.seconds * 1e9) };
@@ -29,7 +34,7 @@ const Gantt = (() => {
     let step = null; // the chosen step: {answer, from, to, actual: piece, planned: piece}
     let queue = null;
     let sought = "";
-    let hits = []; // of the chosen step, in time order: [lane, index]
+    let hits = []; // of the chosen step, in time order: [name of the lane, index]
     let hit = -1;
     let gutter = 110;
     let seen = []; // what was drawn: [{tile, from, to}]
@@ -40,8 +45,13 @@ const Gantt = (() => {
 
     // Data
 
+    // Lanes that are not here yet: a server's first request brings some, a node that joins, a second read at a time.
+    function meet(lanes) {
+      for (const name of lanes) if (!names.includes(name)) names.push(name);
+    }
+
     function setStep(answer) {
-      for (const lane of answer.lanes) if (!names.includes(lane.name)) names.push(lane.name); // planned only
+      meet(answer.lanes.map((lane) => lane.name));
       step = {
         answer, step: answer.step, phase: answer.phase, tokens: answer.tokens,
         from: answer.start * 1e9, to: answer.end * 1e9,
@@ -53,7 +63,7 @@ const Gantt = (() => {
 
     // Lanes of a step's answer, in the form that tiles have.
     function columns(lanes, which) {
-      const tasks = [], numbers = new Map(), made = [];
+      const tasks = [], numbers = new Map(), made = new Map();
       const number = (name) => {
         if (!numbers.has(name)) numbers.set(name, tasks.push(name) - 1);
         return numbers.get(name);
@@ -62,10 +72,10 @@ const Gantt = (() => {
         const given = lane[which];
         if (!given || !given.from.length) continue;
         const from = Float64Array.from(given.from, (s) => s * 1e9), to = Float64Array.from(given.to, (s) => s * 1e9);
-        made[names.indexOf(lane.name)] = {
+        made.set(lane.name, {
           from, to, task: Int32Array.from(given.task, number), kind: Uint8Array.from(given.kind, kindOf), bytes: given.bytes,
           waits: given.waits_for,
-        };
+        });
       }
       return { lanes: made, tasks, labels: tasks.map((name) => name.replace(/^layers\./, "")) };
     }
@@ -112,7 +122,8 @@ const Gantt = (() => {
       if (!wide) return;
       const tall = height();
       if (canvas.style.height !== `${tall}px`) canvas.style.height = `${tall}px`;
-      gutter = Math.round(Math.min(120, wide * 0.24));
+      const longest = Math.max(0, ...names.map((name) => name.length)) * Axis.LETTER + 20;
+      gutter = Math.round(Math.min(Math.max(120, longest), 220, wide * 0.24));
       const pen = Views.pen(canvas, wide, tall);
       const perNs = (wide - gutter) / (view.to - view.from);
       const x = (ns) => gutter + (ns - view.from) * perNs;
@@ -147,7 +158,7 @@ const Gantt = (() => {
       const inside = step && (step.to - step.from) * perNs > DETAIL && step.from < view.to && step.to > view.from;
       const margin = inside ? 0.03 * (step.to - step.from) : 0;
       const apart = !inside || view.from < step.from - margin || view.to > step.to + margin;
-      seen = tiles && apart ? tiles.cover(view.from, view.to, 1 / perNs) : [];
+      seen = apart ? tiles.cover(view.from, view.to, 1 / perNs) : [];
       state.bars = 0;
       state.pieces = seen.length;
       labels.count = 0;
@@ -179,7 +190,7 @@ const Gantt = (() => {
 
     // Puts bars of one lane into the row of pixels, and remembers which are wide enough for their name.
     function lay(tile, lane, from, to, perNs, top, named, apart) {
-      const all = tile.lanes[lane];
+      const all = tile.lanes.get(names[lane]);
       if (!all) return;
       const { from: begins, to: ends, kind, task, count, busy } = all;
       const dim = sought ? matches(tile) : null;
@@ -240,22 +251,23 @@ const Gantt = (() => {
     // The lane on which a page was read: of several disk lanes the one that has that read.
     function laneOf(read) {
       const task = step.actual.tasks.indexOf(read.page);
-      const has = (all) => all?.task.some((one, i) => one === task && Math.abs(all.from[i] - read.start * 1e9) < 1000);
-      const lane = step.actual.lanes.findIndex(has);
-      return lane >= 0 ? lane : summary.lanes.findIndex((one) => one.kind === "disk");
+      const has = (all) => all.task.some((one, i) => one === task && Math.abs(all.from[i] - read.start * 1e9) < 1000);
+      const name = [...step.actual.lanes.keys()].find((one) => has(step.actual.lanes.get(one)));
+      return names.indexOf(name ?? step.answer.lanes.find((one) => one.kind === "disk")?.name);
     }
 
     function outlineHits(pen, scale) {
       if (!sought) return;
-      const outline = (all, i, lane, thick) => {
+      const outline = ([name, i], thick) => {
+        const all = step.actual.lanes.get(name), lane = names.indexOf(name);
         const a = Math.max(scale.left - 3, scale.x(all.from[i])), b = Math.min(scale.right + 3, scale.x(all.to[i]));
         if (b < scale.left || a > scale.right) return;
         pen.lineWidth = thick;
         pen.strokeRect(a - 0.5, laneTop(lane) + 11.5, Math.max(3, b - a), ACTUAL + 1);
       };
       pen.strokeStyle = Colours.css("mark");
-      if (hits.length <= 500) for (const [lane, i] of hits) outline(step.actual.lanes[lane], i, lane, 1);
-      if (hit >= 0) outline(step.actual.lanes[hits[hit][0]], hits[hit][1], hits[hit][0], 3);
+      if (hits.length <= 500) for (const one of hits) outline(one, 1);
+      if (hit >= 0) outline(hits[hit], 3);
     }
 
     function gutters(pen, tall) {
@@ -269,7 +281,7 @@ const Gantt = (() => {
       names.forEach((name, lane) => {
         pen.fillStyle = Colours.css("ink");
         Axis.text(pen, name, 8, laneTop(lane) + 21, gutter - 12);
-        if (!step || !step.planned.lanes[lane]) return;
+        if (!step?.planned.lanes.has(name)) return;
         pen.fillStyle = Colours.css("soft");
         pen.font = "9px system-ui, 'DejaVu Sans', sans-serif";
         pen.fillText("planned", 8, laneTop(lane) + 7.5);
@@ -295,8 +307,9 @@ const Gantt = (() => {
       hit = -1;
       if (sought && step) {
         const good = matches(step.actual);
-        step.actual.lanes.forEach((all, lane) => all.task.forEach((task, i) => { if (good[task]) hits.push([lane, i]); }));
-        hits.sort(([l1, i1], [l2, i2]) => step.actual.lanes[l1].from[i1] - step.actual.lanes[l2].from[i2]);
+        const begins = ([name, i]) => step.actual.lanes.get(name).from[i];
+        step.actual.lanes.forEach((all, name) => all.task.forEach((task, i) => { if (good[task]) hits.push([name, i]); }));
+        hits.sort((one, other) => begins(one) - begins(other));
       }
       state.hits = hits.length;
       found(sought ? (hits.length ? Units.number(hits.length, "match", "matches") + " in this step" : "no match in this step") : "");
@@ -306,7 +319,7 @@ const Gantt = (() => {
     function next(by = 1) {
       if (!hits.length) return;
       hit = (hit + by + hits.length) % hits.length;
-      const [lane, i] = hits[hit], all = step.actual.lanes[lane];
+      const [name, i] = hits[hit], all = step.actual.lanes.get(name);
       const middle = (all.from[i] + all.to[i]) / 2, long = all.to[i] - all.from[i];
       const span = Math.max(Math.min(view.to - view.from, step.to - step.from), long * 1.5, SHORTEST);
       const close = long / span < 0.02 ? long * 20 : span; // so that it can be read
@@ -314,7 +327,7 @@ const Gantt = (() => {
         whole = false;
         show(middle - close / 2, middle + close / 2);
       }
-      found(`${hit + 1} of ${hits.length}: ${describe(step.actual, lane, i).split("\n").slice(0, 3).join(", ")}`);
+      found(`${hit + 1} of ${hits.length}: ${describe(step.actual, name, i).split("\n").slice(0, 3).join(", ")}`);
       redraw();
     }
 
@@ -331,19 +344,19 @@ const Gantt = (() => {
         inside ? step.actual : null, ...seen.filter((piece) => piece.from <= at && at < piece.to).map((piece) => piece.tile),
       ];
       for (const tile of pools) {
-        const all = tile?.lanes[lane];
+        const all = tile?.lanes.get(names[lane]);
         if (!all) continue;
         const i = Axis.after(all.to, at - 2 * perPixel);
-        if (i < all.to.length && all.from[i] <= at + 2 * perPixel) return { at, lane, planned, tile, i };
+        if (i < all.to.length && all.from[i] <= at + 2 * perPixel) return { at, lane, planned, tile, i, all, name: names[lane] };
       }
       return { at, lane };
     }
 
-    function describe(tile, lane, i, planned = false) {
-      const all = tile.lanes[lane], seconds = (all.to[i] - all.from[i]) / 1e9, kind = summary.kinds[all.kind[i]];
+    function describe(tile, name, i, planned = false) {
+      const all = tile.lanes.get(name), seconds = (all.to[i] - all.from[i]) / 1e9, kind = summary.kinds[all.kind[i]];
       const several = all.count?.[i] > 1, from = origin();
       const time = (ns) => Units.time((ns - from) / 1e9, Math.max(1e-6, (view.to - view.from) / 1e12));
-      const where = `${several ? "" : `${kind} `}on ${names[lane]}${all.step ? `, step ${all.step[i]}` : ""}`;
+      const where = `${several ? "" : `${kind} `}on ${name}${all.step ? `, step ${all.step[i]}` : ""}`;
       return [
         several ? `${Units.number(all.count[i], "event")}, mostly ${kind}` : tile.tasks[all.task[i]],
         planned ? `planned, ${where}` : where,
@@ -355,8 +368,8 @@ const Gantt = (() => {
     }
 
     function said(spot, py) {
-      if (!spot) return null;
-      if (spot.tile) return describe(spot.tile, spot.lane, spot.i, spot.planned);
+      if (!spot) return names[Math.floor((py - lanesTop()) / LANE)] ?? null; // beside the chart it may be cut
+      if (spot.tile) return describe(spot.tile, spot.name, spot.i, spot.planned);
       const perPixel = (view.to - view.from) / (canvas.clientWidth - gutter), top = Axis.height(summary.marks?.length);
       const mark = summary.marks?.find((one) => Math.abs(one.time * 1e9 - spot.at) < 4 * perPixel);
       if (mark && spot.lane < 0) return `${mark.kind} at ${Units.time(mark.time, 1e-3)}: ${mark.text}`;
@@ -369,11 +382,11 @@ const Gantt = (() => {
       at: (px) => view.from + ((px - gutter) / (canvas.clientWidth - gutter)) * (view.to - view.from),
       says: (px, py) => said(under(px, py), py),
       click(px, py) {
-        const spot = under(px, py), number = spot?.tile?.lanes[spot.lane].step?.[spot.i];
+        const spot = under(px, py), number = spot?.all?.step?.[spot.i];
         if (number !== undefined && number !== step?.step) choose(number);
       },
       double(px, py) {
-        const spot = under(px, py), all = spot?.tile?.lanes[spot.lane];
+        const spot = under(px, py), all = spot?.all;
         if (!all) return zoom(0.4);
         const long = all.to[spot.i] - all.from[spot.i];
         whole = false;
@@ -382,6 +395,12 @@ const Gantt = (() => {
       keys: { Home: showAll, End: showStep, Enter: () => next() },
     });
 
+    function renewed() {
+      meet(summary.lanes.map((lane) => lane.name));
+      redraw();
+    }
+
+    renewed();
     const undo = Colours.changed(() => { rows.recolour(); redraw(); });
     const watch = new ResizeObserver(redraw);
     watch.observe(canvas);
@@ -389,17 +408,25 @@ const Gantt = (() => {
     state.y = (lane) => laneTop(lane) + 20;
     Object.defineProperty(state, "marks", { get: () => summary.marks || [] });
     Gantt.state = state;
-    Object.defineProperty(state, "tiles", { get: () => tiles?.state });
+    Object.defineProperty(state, "tiles", { get: () => tiles.state });
     return Gantt.current = {
-      canvas, state, show, zoom, pan, showAll, showStep, next, find: search, redraw, step: setStep,
+      canvas, state, zoom, pan, showAll, showStep, next, find: search, redraw, step: setStep,
+      show(from, to) {
+        whole = false;
+        show(from, to);
+      },
       requests(answer) {
         queue = answer.request.length ? Queue.of(answer) : null;
         state.requests = answer.request.length;
         redraw();
       },
-      live() { if (whole) showAll(); else redraw(); },
+      added(since) {
+        tiles.added(since);
+        if (whole) showAll(); else redraw();
+      },
+      renewed,
       close() {
-        tiles?.close();
+        tiles.close();
         watch.disconnect();
         undo();
       },

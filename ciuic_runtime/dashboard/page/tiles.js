@@ -2,10 +2,11 @@
 
 // Events of a recording by level of detail: fetched when they come into view, kept in a bounded cache, newest use last.
 // A tile (level, index) covers [index * 2^level, (index + 1) * 2^level) ns and is kept as typed arrays.
-//   const tiles = Tiles.of(summary, changed): changed() is called when a tile came
+//   const tiles = Tiles.of(summary, came): came(tile) is called when one came, came(null) when it is time to look again
 //   tiles.cover(from, to, nsPerPixel): pieces [{tile, from, to}] in time order, of the right level or, while that loads,
 //     of a coarser or finer one; asks for what is missing
-//   tiles.state; tiles.close()
+//   tile.lanes: Map of a lane's name to its columns
+//   tiles.added(since): events came, none of which begins before `since` ns; tiles.state; tiles.close()
 const Tiles = (() => {
   const FINEST = 10; // level: a tile of 1 us, as the server has them
   const WIDE = 500; // pixels that a tile covers at least; at most twice that
@@ -18,7 +19,7 @@ const Tiles = (() => {
   // A tile's answer as columns of numbers, with times in ns since the recording began.
   function unpack(answer, begin, kinds) {
     const kindOf = answer.kinds.map((name) => Math.max(0, kinds.indexOf(name)));
-    const lanes = [];
+    const lanes = new Map();
     let bars = 0;
     for (const lane of answer.lanes) {
       const size = lane.from.length;
@@ -32,18 +33,19 @@ const Tiles = (() => {
         one.to[i] = begin + lane.to[i];
         one.kind[i] = kindOf[lane.kind[i]];
       }
-      lanes[lane.lane] = one;
+      lanes.set(lane.lane, one);
       bars += size;
     }
     return { lanes, tasks: answer.tasks, labels: answer.tasks.map((name) => name.replace(/^layers\./, "")), bars };
   }
 
-  function of(summary, changed) {
-    const cache = new Map(); // key -> {tile, until}
-    const asked = new Map(); // key -> AbortController
+  function of(summary, came) {
+    const cache = new Map(); // key -> tile
+    const asked = new Map(); // key -> {stop: AbortController, end (ns), old}
     const failed = new Map(); // key -> when
     let wanted = []; // [level, index], the most wanted first
     let bars = 0;
+    let timer = null;
     let closed = false;
 
     const key = (level, index) => `${level}/${index}`;
@@ -79,8 +81,18 @@ const Tiles = (() => {
       return [level, index];
     }
 
-    // The tile that holds "now" grows; it is asked for again when it is seen, twice a second at most.
-    const stale = (tile) => !tile.whole && now() > tile.until && performance.now() > tile.came + GROWS;
+    // Events are recorded when a step ends, and may have begun long before: an old tile is one that lacks some, or may. It
+    // is shown until a new one has come, which is asked for when it is seen, twice a second at most.
+    function added(since) {
+      for (const one of [...cache.values(), ...asked.values()]) if (one.end > since) one.old = true;
+    }
+
+    function stale(tile) {
+      if (!tile.old) return false;
+      const early = tile.came + GROWS - performance.now();
+      if (early > 0) timer ??= setTimeout(() => { timer = null; came(null); }, early);
+      return early <= 0;
+    }
 
     function known(level, index) {
       const name = key(level, index);
@@ -106,7 +118,7 @@ const Tiles = (() => {
 
     function ask() {
       const names = new Set(wanted.map(([level, index]) => key(level, index)));
-      for (const [name, asking] of asked) if (!names.has(name)) asking.abort();
+      for (const [name, asking] of asked) if (!names.has(name)) asking.stop.abort();
       for (const [level, index] of wanted) {
         if (asked.size >= AT_ONCE) return;
         const name = key(level, index);
@@ -115,24 +127,23 @@ const Tiles = (() => {
     }
 
     async function load(level, index, name) {
-      const asking = new AbortController();
-      const until = now();
-      const begin = index * 2 ** level;
+      const begin = index * 2 ** level, end = begin + 2 ** level;
+      const asking = { stop: new AbortController(), end, old: false };
+      let tile = null;
       asked.set(name, asking);
       try {
-        const answer = await Data.get(`tiles/${level}/${index}`, { signal: asking.signal });
-        const tile = { ...unpack(answer, begin, summary.kinds), level, index, until, came: performance.now() };
-        tile.whole = Data.saved || summary.kind !== "live" || begin + 2 ** level <= until;
+        const answer = await Data.get(`tiles/${level}/${index}`, { signal: asking.stop.signal });
         if (closed) return;
+        tile = { ...unpack(answer, begin, summary.kinds), end, old: asking.old, came: performance.now() };
         put(name, tile);
       } catch (error) {
         if (error.name !== "AbortError") {
           failed.set(name, Data.saved ? Infinity : performance.now());
-          if (!Data.saved && !closed) Views.tell(error, changed);
+          if (!Data.saved && !closed) Views.tell(error, () => came(null));
         }
       } finally {
         asked.delete(name);
-        if (!closed) changed();
+        if (!closed) came(tile);
       }
     }
 
@@ -148,11 +159,12 @@ const Tiles = (() => {
     }
 
     return {
-      cover,
+      cover, added,
       get state() { return { tiles: cache.size, bars, asked: asked.size, wanted: wanted.length }; },
       close() {
         closed = true;
-        for (const asking of asked.values()) asking.abort();
+        clearTimeout(timer);
+        for (const asking of asked.values()) asking.stop.abort();
       },
     };
   }

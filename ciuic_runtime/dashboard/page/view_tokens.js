@@ -175,18 +175,19 @@ Views.add({
     return {
       live(event) {
         if (event.type === "connection" && event.open) {
+          gantt.added(0);
           if (!begun) return begin();
           return Promise.all([load(), requests()]); // what came while it was not connected
         }
         if (event.type === "steps" && event.first.length) {
           const was = bars.size, anew = event.first_step + event.num_steps < bars.end, gap = was && event.first[0] > bars.end;
+          gantt.added(anew || gap ? 0 : event.since * 1e9);
           if (was > MOST || anew || gap) return load();
           bars.add(event);
           strip.came(!was);
-          gantt.live();
           soon(newest);
         } else if (event.type === "requests") soon(requests);
-        else if (event.type === "marks") gantt.redraw();
+        else if (event.type === "marks" || event.type === "summary") gantt.renewed();
         return null;
       },
       show(next) {

@@ -45,10 +45,12 @@
     return make("div", {}, table, soft(RECOSTED));
   }
 
-  function calibration({ basis, age_s: age, model_error: error, spread }) {
+  // Of a recording the age is that of when it began.
+  function calibration({ basis, age_s: age, model_error: error, spread }, kind) {
+    const when = none(age) ? "–" : `${Units.seconds(age)} ${kind === "trace" ? "before this run" : "ago"}`;
     return make("div", { class: "figures" },
       Plans.figure("the costs are", basis),
-      Plans.figure("measured", none(age) ? "–" : `${Units.seconds(age)} ago`, none(age) ? small("the age is not known") : ""),
+      Plans.figure("measured", when, none(age) ? small("the age is not known") : ""),
       Plans.figure("spread of the repetitions", Units.percent(spread), small("middle half, of the middle curve")),
       Plans.figure("error of the model", none(error) ? "–" : `± ${Units.percent(error)}`, small("that forecasts reckon with")));
   }
@@ -75,7 +77,7 @@
           ...chosen(found), ...Plans.notes(found.notes),
           title("The plans that were considered"), Plans.candidates(found.candidates),
           title("Forecast, recosted and measured"), compared(found.figures),
-          title("How good the costs are"), calibration(found.calibration),
+          title("How good the costs are"), calibration(found.calibration, summary.kind),
           title("How far off forecasts were so far"), history(found.history),
           title("The measured operators"), drawn.root);
         drawn.fit();
