@@ -174,6 +174,7 @@ def test_a_node_that_fails_as_it_is_moved_to_changes_nothing(
         assert "node1 failed: " in host._look(False)[1]
 
 
+@pytest.mark.slow
 @native
 def test_a_node_without_room_ends_no_stage_and_is_used_when_there_is(
     cluster: Any, tiny_int4: Path, here: Topology, monkeypatch: pytest.MonkeyPatch
@@ -220,6 +221,7 @@ async def served(service: EngineService) -> list[Any]:
     return await asyncio.gather(*[whole(service.submit(prompt, PARAMS)) for prompt in PROMPTS])
 
 
+@pytest.mark.slow
 @native
 def test_a_node_that_joins_takes_the_place_of_one_that_died_unnoticed(
     cluster: Any, tiny_int4: Path, here: Topology

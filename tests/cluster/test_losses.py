@@ -303,6 +303,7 @@ def test_what_cannot_go_on_is_one_error(
         check_ended([*pids, *stages])
 
 
+@pytest.mark.slow
 def test_a_node_without_room_is_done_without_where_another_has_some(
     cluster: Any, tiny_int4: Path, here: Topology, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ def stages(of: int) -> list[psutil.Process]:
     return [p for p in found if p.name().startswith("ray::StageWorke") and p.cmdline()[:1] == ["ray::StageWorker.run"]]
 
 
+@pytest.mark.slow
 def test_a_stage_is_killed_and_stdout_has_one_json_object(ray: Any, tiny_int4: Path, tmp_path: Path) -> None:
     out, err = tmp_path / "out", tmp_path / "err"
     run = f"run {tiny_int4} --prompt A --max-tokens {TOKENS} --ignore-eos --threads 1 --executor ray --stages 2 --json"

@@ -48,6 +48,7 @@ on = "node0/cpu"
 ASKED = {"prompt": "A", "max_tokens": 5, "temperature": 0, "ignore_eos": True}
 
 
+@pytest.mark.slow
 def test_a_server_whose_model_cannot_go_on_ends_and_is_begun_again(
     cluster: Any, tiny_int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

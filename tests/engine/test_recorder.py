@@ -138,7 +138,7 @@ def test_a_copy_can_be_taken_while_it_records() -> None:
     thread.start()
     seen, since = 0, 0
     try:
-        while seen < 20_000:
+        while seen < 5_000:
             found = recorder.snapshot(since)
             rows = found.rows
             assert (rows["step"] == rows["nbytes"]).all()
