@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import CHROMIUM, FLAGS
 from configs import TINY_V3
 
 # Before anything is imported that reads it: measured limits of a test run go into a folder of its own.
@@ -133,3 +134,13 @@ def ciuic(capfd: pytest.CaptureFixture[str], ciuic_log: None):
         return Result(code if isinstance(code, int) else 0, out, err)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        started = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()

@@ -31,11 +31,11 @@ from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.ops.custom import Replacements
 from ciuic_runtime.ops.native import REFERENCE, operators
 from ciuic_runtime.schedulers.graph import Phase, Step, Task, TaskGraph
+from ciuic_runtime.schedulers.passes import ALL
 from ciuic_runtime.schedulers.recording import COPY, EVICT, MEMORY, READ, SAMPLE, WAIT, WEIGHTS
 from ciuic_runtime.schedulers.schedule import Schedule
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
-ALL = 0.95  # of a layer's experts: a pass that is expected to use so many has all of them read ahead
 DENSE_AHEAD = 3  # pages that every pass needs are read so many ahead
 
 

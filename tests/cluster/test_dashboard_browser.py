@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import CHROMIUM
 
 import ciuic_runtime as ciuic
 from ciuic_runtime.devices.spec import Topology
@@ -23,13 +23,11 @@ from ciuic_runtime.ops.native import kernels
 
 sys.path.append(str(Path(__file__).parents[1] / "server"))
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM, reason="no chromium here"),
     pytest.mark.skipif(kernels() is None, reason="the native kernels are not built here"),
 ]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 PICTURES = Path("build/screenshots")
 
 
@@ -40,17 +38,14 @@ def until(true: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-def test_a_loss_and_the_recovery_are_marked(ray: Any, tiny_int4: Path, here: Topology) -> None:
-    from playwright.sync_api import sync_playwright
+def test_a_loss_and_the_recovery_are_marked(ray: Any, browser: Any, tiny_int4: Path, here: Topology) -> None:
     from running import running
 
     settings: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 2, "threads": 1, "serving": True}
     with (
         ciuic.LLM(tiny_int4, devices=here, executor="ray", stages=2, **settings) as llm,
         running(llm) as server,
-        sync_playwright() as play,
     ):
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_context(viewport={"width": 1400, "height": 900}).new_page()
         wrong: list[str] = []
         page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -86,4 +81,3 @@ def test_a_loss_and_the_recovery_are_marked(ray: Any, tiny_int4: Path, here: Top
         PICTURES.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=PICTURES / "tokens-cluster-1400-light.png")
         assert wrong == []
-        browser.close()

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fastapi.testclient import TestClient
+from late_page import LatePage
 
 import ciuic_runtime as ciuic
 from ciuic_runtime.dashboard.serve import create_app
 from ciuic_runtime.dashboard.source import Source, open_file
 from ciuic_runtime.devices.manager import DeviceManager
 from ciuic_runtime.devices.spec import DeviceSpec, Link, Topology
-from ciuic_runtime.memory.source import Finished, PageSource
 from ciuic_runtime.ops.native import kernels
 from ciuic_runtime.schedulers.chrome import write_recording
 from ciuic_runtime.server.config import ServerConfig
@@ -28,31 +25,6 @@ sys.path.append(str(Path(__file__).parents[1] / "server"))
 
 LATE, DELAY = "layers.2.attention", 0.2  # a page that every pass needs, s
 EVIL = '<img src=x onerror="window.hit = 1">'
-
-
-class LatePage:
-    """A source that has one page come late, once."""
-
-    def __init__(self, source: PageSource, page: str) -> None:
-        self._source, self._page = source, page
-        self._tickets: set[int] = set()
-        self._late: list[Finished] = []
-
-    def submit(self, page: str, into: torch.Tensor, order: int) -> int:
-        ticket = self._source.submit(page, into, order)
-        if page == self._page and not self._tickets:
-            self._tickets.add(ticket)
-        return ticket
-
-    def finished(self, seconds: float) -> list[Finished]:
-        found = self._source.finished(min(seconds, 0.005) if self._late else seconds)
-        self._late += [replace(d, end=d.start + DELAY) for d in found if d.ticket in self._tickets]
-        come = [done for done in self._late if done.end <= time.perf_counter()]
-        self._late = [done for done in self._late if done not in come]
-        return [*(done for done in found if done.ticket not in self._tickets), *come]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +50,7 @@ def run_file(tiny_int4: Path, with_disk: Topology, tmp_path_factory: pytest.Temp
         for i, _ in enumerate(stream):
             if i == 10:  # between two passes
                 llm.memory.evict(LATE)
-                llm.memory._source = LatePage(llm.memory._source_of(), LATE)  # type: ignore[assignment]
+                llm.memory._source = LatePage(llm.memory._source_of(), LATE, DELAY, once=True)  # type: ignore[assignment]
         write_recording(llm.recording(), file)
     return file
 

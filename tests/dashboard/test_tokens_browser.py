@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import time
 import urllib.request
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import CHROMIUM
 
 from ciuic_runtime.dashboard.growing import Growing
 from ciuic_runtime.dashboard.live import LiveSource
@@ -28,9 +28,7 @@ from ciuic_runtime.schedulers.trace import Event, StepInfo, Trace
 from ciuic_runtime.server.config import ServerConfig
 from ciuic_runtime.server.serve import Server, listening
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="no chromium here")]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 STEPS, LAYERS, SLOW = 120, 6, 73
 PAGE = "layers.3.experts.17"
 ROWS = """canvas => {  // the colours in the middle of each lane's row, by lane, without what is as good as transparent
@@ -89,16 +87,6 @@ def made() -> Recording:
     mark = Mark(steps[30].start, "lost", "node1 is lost")
     passes = tuple(PassNote(((7, info.tokens),), 1, 0) for info in steps)
     return replace(recording, requests=(request,), marks=(mark,), passes=passes)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        started = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        started.close()
 
 
 @contextmanager

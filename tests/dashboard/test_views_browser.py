@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -17,18 +16,17 @@ from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
+from chromium import CHROMIUM
 
 from ciuic_runtime.devices.units import format_bytes
 from ciuic_runtime.model import Model
 from ciuic_runtime.ops.native import kernels
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM, reason="no chromium here"),
     pytest.mark.skipif(kernels() is None, reason="the native kernels are not built here"),
 ]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 MACHINE = Path(__file__).parents[2] / "examples" / "two_gpus.toml"
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 EVIL = '<img src=x onerror="window.hit = 1">'
@@ -120,16 +118,6 @@ def server(request: pytest.FixtureRequest) -> str:
 def generate(url: str, tokens: int = 60) -> None:
     body = {"model": "tiny", "prompt": "Experts", "max_tokens": tokens, "ignore_eos": True}
     httpx.post(f"{url}/v1/completions", json=body, timeout=60).raise_for_status()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        started = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        started.close()
 
 
 Open = Callable[..., Any]

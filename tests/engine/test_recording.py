@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from late_page import LatePage
 
 import ciuic_runtime as ciuic
 from ciuic_runtime.basis import Basis
 from ciuic_runtime.devices.spec import Topology
 from ciuic_runtime.engine.routing import RoutingRecorder
 from ciuic_runtime.memory.kv_cache import BLOCK_TOKENS
-from ciuic_runtime.memory.source import Finished, PageSource
 from ciuic_runtime.ops.native import kernels
 from ciuic_runtime.schedulers.chrome import nanoseconds, read_recording, write_recording
 from ciuic_runtime.schedulers.recording import CACHE, EVICT, MEMORY, NONE, READ, WAIT, WEIGHTS, Recording
@@ -30,33 +29,6 @@ pytestmark = pytest.mark.skipif(kernels() is None, reason="the native kernels ar
 PROMPT = [5, 250, 17, 99, 3, 42, 200, 7, 31]
 GREEDY = ciuic.SamplingParams(max_tokens=6, ignore_eos=True)
 DELAY = 0.25  # s
-
-
-class LatePage:
-    """A source that has one page come late."""
-
-    def __init__(self, source: PageSource, page: str) -> None:
-        self._source, self._page = source, page
-        self._tickets: set[int] = set()
-        self._late: list[Finished] = []
-
-    def submit(self, page: str, into: torch.Tensor, order: int) -> int:
-        ticket = self._source.submit(page, into, order)
-        if page == self._page:
-            self._tickets.add(ticket)
-        return ticket
-
-    def finished(self, seconds: float) -> list[Finished]:
-        found = self._source.finished(min(seconds, 0.005) if self._late else seconds)
-        for done in found:
-            if done.ticket in self._tickets:
-                self._late.append(replace(done, end=done.start + DELAY))
-        come = [done for done in self._late if done.end <= time.perf_counter()]
-        self._late = [done for done in self._late if done not in come]
-        return [*(done for done in found if done.ticket not in self._tickets), *come]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
 
 
 def rows(recording: Recording, kind: int) -> list[dict[str, Any]]:
@@ -83,7 +55,7 @@ def test_a_late_page_is_what_the_wait_waited_for(paged: ciuic.LLM, tmp_path: Pat
     with paged as llm:
         memory, late = llm.memory, "layers.2.attention"
         memory.evict(list(memory.pages))
-        memory._source = LatePage(memory._source_of(), late)  # type: ignore[assignment]
+        memory._source = LatePage(memory._source_of(), late, DELAY)  # type: ignore[assignment]
         llm.generate([PROMPT], GREEDY)
         recording, counts = llm.recording(), llm.memory.page_counts()
     write_recording(recording, tmp_path / "run.json")
