@@ -1,5 +1,6 @@
 """Which pages are in memory: a state machine that takes events and returns what is to be read and evicted.
-Knows pages as numbers, bytes and order; no threads, no clock, no files, so that every race is a list in a test."""
+Knows pages as numbers, bytes and order; no threads, no clock, no files, so that every race is a list in a test.
+Where nothing has to leave, a use costs next to nothing: what only evictions need is made up when there is one."""
 
 from __future__ import annotations
 
@@ -94,20 +95,22 @@ class Residency:
         self.total = sum(p.nbytes for p in pages)
         self._num_resident = 0
         self.where = [Where.ABSENT] * len(pages)
-        self.counts = Counts()
+        self._counts = Counts()
         self.scanning = False
         self.step = 0
         self.held = [0] * len(pages)
         self.pinned = [False] * len(pages)
         self.pinned_nbytes = 0
         self.minimum = largest_needed(pages)  # bytes below which no pass can be made
-        self.num_uses, self.num_hits = [0] * len(pages), [0] * len(pages)  # by page
+        self.num_uses, self.num_hits = (np.zeros(len(pages), dtype=np.int64) for _ in range(2))  # by page, but for:
+        self._hits: list[int] = []  # uses in this pass of pages that were there
         self._fresh = [False] * len(pages)  # read since its last use
         self._place = np.array([p.place for p in pages], dtype=np.int64)
         self._routed = np.array([p.routed for p in pages], dtype=bool)
         self._by_rows = np.array([p.by_rows for p in pages], dtype=bool)
         self._first_to_go = self._routed | self._by_rows
-        self._idle = np.zeros(len(pages), dtype=bool)  # resident and not held
+        self._idle = np.zeros(len(pages), dtype=bool)  # resident and not held, but for these:
+        self._unsettled: set[int] = set()
         self._expected = np.zeros(len(pages), dtype=bool)
         self._group: dict[int, list[int]] = {}  # place -> expected pages
         self._wanted: set[int] = set()  # needed, not there yet
@@ -124,6 +127,16 @@ class Residency:
         self.budget = budget
 
     @property
+    def counts(self) -> Counts:
+        self.count_uses()
+        return self._counts
+
+    def clear_counts(self) -> None:
+        """Of uses by page."""
+        self.count_uses()
+        self.num_uses[:] = self.num_hits[:] = 0
+
+    @property
     def whole(self) -> bool:
         """Everything is there."""
         return self._num_resident == len(self.pages)
@@ -137,6 +150,7 @@ class Residency:
 
     def begin_step(self, scanning: bool = False) -> None:
         """A pass begins; `scanning`: it will use nearly all routed pages."""
+        self.count_uses()
         self.step, self.scanning, self._position, self._keys = self.step + 1, scanning, 0, None
         self._weight *= 2.0 ** (1.0 / HALF_LIFE)
         if self._weight > 1e100:
@@ -150,7 +164,7 @@ class Residency:
         ready = []
         for p in dict.fromkeys(pages):
             self._touch(p)
-            if self.where[p] == Where.RESIDENT:
+            if self.where[p] is Where.RESIDENT:
                 self._hold(p)
                 ready.append(p)
                 continue
@@ -188,7 +202,7 @@ class Residency:
             self._wanted.discard(page)
             self.held[page] += 1
         else:
-            self._settle(page)
+            self._unsettled.add(page)
             self._fresh[page] = True
         return wanted, self._fill()
 
@@ -211,7 +225,7 @@ class Residency:
         for p in pages:
             assert self.held[p] > 0, f"{self.pages[p].name} is released and nobody holds it"
             self.held[p] -= 1
-            self._settle(p)
+            self._unsettled.add(p)
         waiting = self._urgent or self._later or self._perhaps
         return self._fill() if waiting or self.used > self.budget else []
 
@@ -229,7 +243,7 @@ class Residency:
         """A pinned page stays once it is there, until it is not pinned any more."""
         self.pinned_nbytes += (pinned - self.pinned[page]) * self.pages[page].nbytes
         self.pinned[page] = pinned
-        self._settle(page)
+        self._unsettled.add(page)
         return [] if pinned else self._fill()
 
     @property
@@ -238,6 +252,7 @@ class Residency:
 
     def evict(self, page: int) -> list[Command]:
         """By hand; nothing where the page is held or not there."""
+        self._settle()
         return [self._evict(page)] if self._idle[page] else []
 
     def abandon(self) -> list[Command]:
@@ -253,15 +268,14 @@ class Residency:
         self.where = [Where.RESIDENT if p in found else Where.ABSENT for p in range(len(self.pages))]
         self.used = sum(self.pages[p].nbytes for p in found)
         self._num_resident, self._num_loading = len(found), 0
-        for p in range(len(self.pages)):
-            self._settle(p)
+        self._unsettled.update(range(len(self.pages)))
         return self._fill()
 
     def _release_all(self) -> list[Command]:
         for p, count in enumerate(self.held):
             if count:
                 self.held[p] = 0
-                self._settle(p)
+                self._unsettled.add(p)
         self._wanted.clear()
         self._urgent.clear()
         commands: list[Command] = []
@@ -299,7 +313,9 @@ class Residency:
     def _victim(self, urgent: bool) -> int | None:
         """Step 1: a routed page that nobody expects, or one by rows. Step 2: a page of every pass. Step 3: for somebody
         who waits, an expected one."""
-        if self._keys is None:
+        self._settle()
+        if self._hits or self._keys is None:
+            self.count_uses()
             self._keys = self._worth()
         free = self._idle & ~self._expected
         for candidates in (free & self._first_to_go, free & ~self._first_to_go, self._idle if urgent else None):
@@ -323,6 +339,7 @@ class Residency:
     def _evict(self, page: int) -> Evict:
         self.where[page] = Where.ABSENT
         self._num_resident -= 1
+        self._unsettled.discard(page)
         self._idle[page] = self._fresh[page] = False
         if self._expected[page]:  # it will be asked for again
             self._expected[page] = False
@@ -353,21 +370,36 @@ class Residency:
 
     def _hold(self, page: int) -> None:
         self.held[page] += 1
-        self._idle[page] = False
+        self._unsettled.add(page)
 
-    def _settle(self, page: int) -> None:
-        self._idle[page] = self.where[page] == Where.RESIDENT and not self.held[page] and not self.pinned[page]
+    def _settle(self) -> None:
+        """Which pages may go."""
+        for p in self._unsettled:
+            self._idle[p] = self.where[p] is Where.RESIDENT and not self.held[p] and not self.pinned[p]
+        self._unsettled.clear()
 
     def _touch(self, page: int) -> None:
-        miss = self._fresh[page] or self.where[page] != Where.RESIDENT
+        if self.where[page] is Where.RESIDENT and not self._fresh[page]:
+            self._hits.append(page)
+            return
         self._fresh[page] = False
-        counts, routed = self.counts, self.pages[page].routed
-        counts.misses += miss
-        counts.hits += not miss
+        self._counts.misses += 1
+        self._counts.routed_misses += self.pages[page].routed
         self.num_uses[page] += 1
-        self.num_hits[page] += not miss
-        counts.routed_misses += routed and miss
-        counts.routed_hits += routed and not miss
         self.use.last[page] = self.step
         self.use.uses[page] += self._weight
+        self._keys = None
+
+    def count_uses(self) -> None:
+        """All so far, those of the pass that is under way too."""
+        if not self._hits:
+            return
+        hits = np.bincount(self._hits, minlength=len(self.pages))
+        self._counts.hits += len(self._hits)
+        self._counts.routed_hits += int(hits[self._routed].sum())
+        self.num_uses += hits
+        self.num_hits += hits
+        self.use.last[hits > 0] = self.step
+        self.use.uses[:] += self._weight * hits
+        self._hits.clear()
         self._keys = None

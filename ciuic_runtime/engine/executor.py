@@ -10,12 +10,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from ciuic_runtime.devices.backend import Backend
 from ciuic_runtime.devices.cpu import parse_cpu_list
-from ciuic_runtime.engine.expert_uses import ExpertUses
+from ciuic_runtime.engine.expert_uses import ExpertUses, different
 from ciuic_runtime.engine.paged import Ahead, Guess, PagedExperts, PagedFunction, PagedTable
 from ciuic_runtime.engine.recorder import Recorder
 from ciuic_runtime.engine.weights import load_native, load_tensors
@@ -351,7 +350,7 @@ class _Run:
         if i.uses is not None:
             self.x.touched.append(i.uses.add(ids))
         else:
-            self.x.touched.append(ids.shape[1] if len(ids) == 1 else len(np.unique(ids.cpu().numpy())))
+            self.x.touched.append(len(different(ids.cpu())))
         if self.x.on_routing is not None:
             assert i.task.layer is not None
             self.x.on_routing(i.task.layer, ids)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+FEW = 32  # tokens, of which lists are quicker than arrays: a decode step must not notice that somebody counts
+
 
 class ExpertUses:
     def __init__(self, num_experts: int) -> None:
@@ -12,22 +14,35 @@ class ExpertUses:
         self.clear()
 
     def clear(self) -> None:
-        # Apart, because a decode step must not notice: a list is quickest for a few, an array for many.
-        self._by_one = [0] * self._num_experts  # tokens that were alone in their pass
+        self._by_few = [0] * self._num_experts  # of passes of a few tokens
         self._by_many = np.zeros(self._num_experts, np.int64)
 
     def add(self, ids: torch.Tensor) -> int:
         """A pass has chosen, ids [tokens, k] on the host, each row without repetition: how many different ones."""
-        if len(ids) == 1:
-            uses = self._by_one
-            chosen = ids.tolist()[0]
-            for expert in chosen:
+        if len(ids) > FEW:
+            counts = np.bincount(ids.numpy().ravel(), minlength=self._num_experts)
+            self._by_many += counts
+            return int(np.count_nonzero(counts))
+        uses, rows = self._by_few, ids.tolist()
+        for row in rows:
+            for expert in row:
                 uses[expert] += 1
-            return len(chosen)
-        counts = np.bincount(ids.numpy().ravel(), minlength=self._num_experts)
-        self._by_many += counts
-        return int(np.count_nonzero(counts))
+        return len(_union(rows))
 
     def counts(self) -> list[int]:
         """By expert."""
-        return [int(one + many) for one, many in zip(self._by_one, self._by_many.tolist(), strict=True)]
+        return [int(few + many) for few, many in zip(self._by_few, self._by_many.tolist(), strict=True)]
+
+
+def different(ids: torch.Tensor) -> list[int]:
+    """The experts in ids [tokens, k] on the host, each once: one token's in its order, others sorted."""
+    if len(ids) > FEW:
+        many: list[int] = np.unique(ids.numpy()).tolist()
+        return many
+    chosen = _union(ids.tolist())
+    return chosen if isinstance(chosen, list) else sorted(chosen)
+
+
+def _union(rows: list[list[int]]) -> list[int] | set[int]:
+    """Those of each row are different."""
+    return rows[0] if len(rows) == 1 else set().union(*rows)

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from ciuic_runtime.engine.expert_uses import different
 from ciuic_runtime.memory.hierarchy import MemoryHierarchy, Request
 from ciuic_runtime.models.layout import PageLayout
 from ciuic_runtime.models.native_forward import ReadRows, SlotExpertsFunction, TaskFunction
@@ -91,8 +91,7 @@ class PagedExperts:
     def numbers(self, ids: torch.Tensor) -> list[int]:
         """The pages of the experts in ids [tokens, k], each once."""
         pages = self.pages
-        chosen: list[int] = ids.flatten().tolist() if len(ids) == 1 else np.unique(ids.numpy()).tolist()
-        return [pages[e] for e in chosen]
+        return [pages[e] for e in different(ids)]
 
     def guessed(self, ids: torch.Tensor, ahead: int) -> tuple[list[int], list[int]]:
         """Pages of a guess made so many layers ahead, ids [tokens, k], most wanted first: those of ranks at which

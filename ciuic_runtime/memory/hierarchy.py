@@ -236,11 +236,16 @@ class MemoryHierarchy:
                 self.pool.budget = budget
 
     def page_counts(self) -> dict[str, PageCounts]:
-        """Of every page, since `clear_counts`."""
+        """Of every page, since `clear_counts`; while a pass is under way, uses are those before it."""
         state, there = self.state, Where.RESIDENT
+        if self._lock.acquire(blocking=False):
+            try:
+                state.count_uses()
+            finally:
+                self._lock.release()
         counts = zip(
-            state.num_uses, state.num_hits, self._num_reads, self._waited, (where == there for where in state.where),
-            self._nbytes_read, self._num_evictions, strict=True,
+            state.num_uses.tolist(), state.num_hits.tolist(), self._num_reads, self._waited,
+            (where == there for where in state.where), self._nbytes_read, self._num_evictions, strict=True,
         )  # fmt: skip
         return {page.name: PageCounts(*one) for page, one in zip(state.pages, counts, strict=True)}
 
@@ -248,7 +253,7 @@ class MemoryHierarchy:
         """Nor does what is being read count that had come by `since`, of time.perf_counter()."""
         self._counted_since = since
         num = len(self.state.pages)
-        self.state.num_uses[:] = self.state.num_hits[:] = [0] * num
+        self.state.clear_counts()
         self._num_reads, self._nbytes_read, self._num_evictions = [0] * num, [0] * num, [0] * num  # by page
         self._waited = [0.0] * num  # s, by page
 
@@ -313,7 +318,7 @@ class MemoryHierarchy:
     def slot(self, page: int) -> torch.Tensor:
         """The page's slot, which stays until the next is asked for; waits for it if need be."""
         self._let_go()
-        if self.state.where[page] == Where.RESIDENT:
+        if self.state.where[page] is Where.RESIDENT:
             self.state.touch(page)
             return self._slots[page]
         come = self.take([page])
@@ -347,9 +352,11 @@ class MemoryHierarchy:
         self._poll()
         ready, commands = self.state.need(pages)
         request = Request(set(pages), ready)
-        for page in request.left.difference(ready):
-            self._asked_by[page] = request
-        self._do(commands)
+        if len(ready) < len(request.left):
+            for page in request.left.difference(ready):
+                self._asked_by[page] = request
+        if commands:
+            self._do(commands)
         return request
 
     def come(self, request: Request) -> Iterator[list[int]]:
@@ -359,7 +366,8 @@ class MemoryHierarchy:
             ready, request.ready = request.ready, []
             yield ready
             request.left.difference_update(ready)
-            self._do(self.state.release(ready))
+            if commands := self.state.release(ready):
+                self._do(commands)
 
     def _give_up(self) -> None:
         """Nobody holds or waits for anything any more. Whatever was interrupted, even the moment in which a read ended:

@@ -114,11 +114,10 @@ class NativeForward:
                 shape = self._mlp_weights(page_of_block(layout, next(iter(slots.values()))))
             k = ids.shape[1]
             out = self.buffers.get("expert_rows", p.rows * k, hidden)
-            for e, slot in slots.items():
-                addresses[e] = offsets + slot.data_ptr()
+            here = list(slots)
+            addresses[here] = np.array([[slot.data_ptr()] for slot in slots.values()]) + offsets
             run(shape, table, num_experts, x.data_ptr(), ids.data_ptr(), p.rows, k, out.data_ptr())
-            for e in slots:
-                addresses[e] = 0
+            addresses[here] = 0
             return out
 
         return experts
