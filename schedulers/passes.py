@@ -125,10 +125,10 @@ class Run:
 
     def __init__(
         self, schedule: Schedule, graph: TaskGraph, cost: CostModel, pools: Mapping[str, float] | None = None,
-        handling: float = 0.0, program: Program | None = None,
+        handling: Mapping[str, float] | None = None, program: Program | None = None,
     ) -> None:  # fmt: skip
-        """`handling`: s, of a node's process for each call that brings it a pass."""
-        self.schedule, self.graph, self.cost, self.handling = schedule, graph, cost, handling
+        """`handling`: s, of the process that computes on a device for each call that brings it a pass."""
+        self.schedule, self.graph, self.cost, self.handling = schedule, graph, cost, handling or {}
         self.engine = Engine({d.name: d.bandwidth for d in cost.topology.domains}, pools)
         self.program = program or program_of(schedule, graph)
         self.devices = {d.name: d for d in schedule.topology.devices}
@@ -250,8 +250,8 @@ class _Pass:
 
     def called(self, device: str) -> None:
         """Another process goes on with the pass."""
-        if self.run.handling:
-            self.chain = (self.run.engine.add(Job("call", self.chain, device, self.run.handling)),)
+        if seconds := self.run.handling.get(device, 0.0):
+            self.chain = (self.run.engine.add(Job("call", self.chain, device, seconds)),)
 
     def compute(self, op: Op, seconds: float) -> None:
         if op.apart or op.device != self._device:

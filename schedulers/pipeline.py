@@ -1,5 +1,7 @@
 """A schedule as the processes of a cluster carry it out, on paper: every stage on devices of its own, and calls between
-them that take their time. Knows no policy; `stages.py` cuts the stages, and `simulate.py` carries them out."""
+them that take their time. Knows no policy; `stages.py` cuts the stages, and `simulate.py` carries them out.
+
+What calls take are facts of devices (`devices/ray_calls.py` measures them), or else the estimates below."""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ from ciuic_runtime.schedulers.memory import node_of
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.stages import Stage, stages_of
 
-# What a call from process to process is taken to take on one machine when both have been computing for milliseconds in
-# between (benchmarks/pipeline.py measures such calls); between nodes it takes at least as long.
+# Of a call from process to process on one machine, when both have been computing for milliseconds in between, s:
 CALL_SECONDS = 0.9e-3
 HANDLING_SECONDS = 0.5e-3  # of these, what keeps the process that is called from computing
+CALLER_SECONDS = 0.5e-3  # of a core, where it comes from
 CALL_BANDWIDTH = 1e9  # bytes/s, of what it brings along
 
 
@@ -53,6 +55,12 @@ def pipeline_of(
             for dst in every[i].schedule.devices_used():
                 link = _call(schedule, _on(node[i - 1], src), _on(node[i], dst), names)
                 links.setdefault((link.src, link.dst), link)
+    depth = micro_batches or len(every)
+    crowded = _crowded(every, shared, threads, min(depth, schedule.workload.batch))
+    for stage, where, more in zip(every, node, crowded, strict=True):
+        for name in (_on(where, name) for name in stage.schedule.devices_used()):
+            facts = {**devices[name].facts, "call_handling_s": handling_seconds(devices[name]) + more}
+            devices[name] = replace(devices[name], facts=facts)
     where_is = {row: where for stage, where in zip(every, node, strict=True) for row in stage.graph.rows}
     rows = tuple(
         replace(r, device=_on(where_is[r.task], _bare(r.device)), home=_on(where_is[r.task], _bare(r.home)))
@@ -60,7 +68,7 @@ def pipeline_of(
     )
     topology = replace(schedule.topology, devices=tuple(devices.values()), links=tuple(links.values()), domains=())
     carried_out = replace(schedule, assignments=rows, topology=topology, predicted=None, candidates=())
-    return Pipeline(carried_out, names, micro_batches or len(every))
+    return Pipeline(carried_out, names, depth)
 
 
 def stage_threads(stage: Stage, on_node: int, asked: int | None) -> int:
@@ -70,14 +78,50 @@ def stage_threads(stage: Stage, on_node: int, asked: int | None) -> int:
     return asked or (max(1, cores // on_node) if cores else 0)
 
 
+def call_seconds(device: DeviceSpec) -> float:
+    """Of a call by itself from a process of its node, or of the driver, to another one there."""
+    return float(device.facts.get("call_s", CALL_SECONDS))
+
+
+def handling_seconds(device: DeviceSpec) -> float:
+    """Of these, what keeps a process that computes there from computing."""
+    return float(device.facts.get("call_handling_s", HANDLING_SECONDS))
+
+
 def _call(schedule: Schedule, src: str, dst: str, names: dict[str, str]) -> Link:
-    """What brings a stage's values to the next one."""
+    """What brings a stage's values to the next one, but for what that needs to take them."""
+    called = schedule.topology.device(names[dst])
     if node_of(names[src]) == node_of(names[dst]):
-        known = Link(src, dst, CALL_BANDWIDTH, CALL_SECONDS, "estimated")
+        known = Link(src, dst, CALL_BANDWIDTH, call_seconds(called), "estimated")
     else:
         known = schedule.topology.link(names[src], names[dst])
-    on_its_way = max(CALL_SECONDS, known.latency) - HANDLING_SECONDS
+    on_its_way = max(call_seconds(called), known.latency) - handling_seconds(called)
     return replace(known, src=src, dst=dst, latency=on_its_way, domains=())
+
+
+def _crowded(every: list[Stage], shared: Counter[str], asked: int | None, at_once: int) -> list[float]:
+    """Seconds that each stage loses in a pass where it is not alone with its cores: the driver's work for the calls of
+    all stages is done by the cores of its machine, and stages that work at once may use all of these."""
+    threads, cores, caller = Counter[str](), dict[str, int](), dict[str, float]()
+    for stage in every:
+        device = _computes(stage)
+        machine = _machine(device, stage)
+        threads[machine] += stage_threads(stage, shared[stage.node], asked)
+        cores[machine] = max(cores.get(machine, 0), device.cores)
+        caller[machine] = float(device.facts.get("call_cpu_s", 0.0 if stage.node else CALLER_SECONDS))
+    full = {m for m in threads if at_once > 1 and 0 < cores[m] <= threads[m]}
+    lost = {m: caller[m] * len(every) / threads[m] for m in full}
+    return [lost.get(_machine(_computes(stage), stage), 0.0) for stage in every]
+
+
+def _computes(stage: Stage) -> DeviceSpec:
+    """The device that a stage's process computes on: its CPU if it uses one."""
+    used = [stage.schedule.topology.device(name) for name in stage.schedule.devices_used()]
+    return next((d for d in used if d.kind == "CPU"), used[0])
+
+
+def _machine(device: DeviceSpec, stage: Stage) -> str:
+    return str(device.facts.get("machine", stage.node))
 
 
 def _on(node: str, device: str) -> str:

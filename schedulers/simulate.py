@@ -3,6 +3,7 @@ Knows the order of passes; how a pass becomes jobs is in `passes.py`, and no pol
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -11,10 +12,10 @@ from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.events import Job
 from ciuic_runtime.schedulers.graph import Phase, Step, TaskGraph
 from ciuic_runtime.schedulers.passes import Run
-from ciuic_runtime.schedulers.pipeline import CALL_SECONDS, HANDLING_SECONDS
+from ciuic_runtime.schedulers.pipeline import call_seconds, handling_seconds
 from ciuic_runtime.schedulers.program import Program
 from ciuic_runtime.schedulers.schedule import Schedule
-from ciuic_runtime.schedulers.steps import group_sizes, workload_steps
+from ciuic_runtime.schedulers.steps import workload_steps
 from ciuic_runtime.schedulers.trace import Trace
 
 
@@ -55,16 +56,26 @@ def simulate_pipeline(
 
 
 def simulate_stages(schedule: Schedule, graph: TaskGraph, cost: CostModel, depth: int, passes: Iterable[Step]) -> Trace:
-    """The trace that the processes of a cluster are forecast to leave, with as many passes on their way at once as the
-    sequences are enough for, `depth` at most: each begins when the one so many before it has ended and the driver has
-    heard of it."""
-    run = Run(schedule, graph, cost, handling=HANDLING_SECONDS)
-    at_once = len(group_sizes(schedule.workload.batch, depth))
-    ends: list[int] = []
+    """The trace that the processes of a cluster are forecast to leave, with at most `depth` passes on their way at
+    once: one begins when it has a place and its sequences are free, and the driver has heard of it. A sequence that is
+    sampled is in no other pass until that one has ended; chunks of a prompt follow one another at once."""
+    devices = {name: schedule.topology.device(name) for name in schedule.devices_used()}
+    handling = {name: handling_seconds(device) for name, device in devices.items()}
+    run = Run(schedule, graph, cost, handling=handling)
+    first, last = run.program[0].device, run.program[-1].device
+    around = call_seconds(devices[first]) + call_seconds(devices[last]) - handling[first]
+    way: deque[tuple[int, int]] = deque()  # passes: their last job, and the sequences that are sampled
+    before: tuple[int, ...] = ()  # the last one that had ended when the next one began
+    batch = schedule.workload.batch
     for step in passes:
-        before = (ends[-at_once],) if len(ends) >= at_once else ()
-        called = run.engine.add(Job("there and back", before, seconds=2 * CALL_SECONDS - HANDLING_SECONDS))
-        ends.append(run.add(step, (called,)))
+        # More sequences than a pass of the workload has: there are more in the other passes, too
+        running = batch if step.sequences <= -(-batch // depth) else step.sequences * depth
+        free = running - sum(sampled for _, sampled in way)
+        while way and (len(way) == depth or step.sequences > free):
+            job, sampled = way.popleft()
+            before, free = (job,), free + sampled
+        called = run.engine.add(Job("there and back", before, seconds=around))
+        way.append((run.add(step, (called,)), step.sampled))
     run.all_steps()
     return run.trace()
 

@@ -20,7 +20,7 @@ def workload_steps(graph: TaskGraph, workload: Workload) -> Iterator[Step]:
 
 def pipeline_steps(graph: TaskGraph, workload: Workload, depth: int) -> Iterator[Step]:
     """The passes that the engine makes where so many are on their way at once, in the order in which they begin: each
-    takes its share of the sequences, and none is in two of them."""
+    takes its share of the sequences, and none that decodes is in two of them."""
     sizes = group_sizes(workload.batch, depth)
     yield from pipeline_prefill(graph, workload, depth)
     for i in range(1, workload.max_tokens):
@@ -35,24 +35,26 @@ def group_sizes(batch: int, depth: int) -> list[int]:
 
 
 def pipeline_prefill(graph: TaskGraph, workload: Workload, depth: int) -> Iterator[Step]:
-    """Of these passes, those of prompts."""
-    most = group_sizes(workload.batch, depth)[0]
-    prompt, left = workload.prompt_tokens, deque(range(workload.batch))  # those that wait, the first one first
-    done = [0] * workload.batch  # tokens of each prompt
+    """Of these passes, those of prompts: whoever is in the fewest passes on their way comes first."""
+    prompt, running = workload.prompt_tokens, workload.batch
+    left, sent, flying = list(range(running)), [0] * running, [0] * running  # prompts; of each: tokens, passes
     way: deque[list[int]] = deque()  # who is in the passes on their way
-    while left or way:
-        if not left or len(way) == depth:
-            left = deque(sorted([*left, *(i for i in way.popleft() if done[i] < prompt)]))
-            continue
+    while left:
+        if len(way) == depth:
+            back = way.popleft()
+            for i in back:
+                flying[i] -= 1
+            if workload.max_tokens == 1:
+                running -= sum(sent[i] == prompt and not flying[i] for i in back)
         room, spans, those = graph.prefill_chunk, list[tuple[int, int]](), list[int]()
-        while room and left and len(those) < most:
-            i = left.popleft()
-            take = min(room, prompt - done[i])
-            spans.append((done[i], take))
-            those.append(i)
-            done[i], room = done[i] + take, room - take
+        for i in sorted(left, key=flying.__getitem__)[: -(-running // depth)]:
+            if take := min(room, prompt - sent[i]):
+                spans.append((sent[i], take))
+                those.append(i)
+                sent[i], flying[i], room = sent[i] + take, flying[i] + 1, room - take
+        left = [i for i in left if sent[i] < prompt]
         way.append(those)
-        yield Step.of("prefill", spans, sum(done[i] == prompt for i in those))
+        yield Step.of("prefill", spans, sum(sent[i] == prompt for i in those))
 
 
 def num_prefill_steps(graph: TaskGraph, workload: Workload) -> int:

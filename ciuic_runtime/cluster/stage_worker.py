@@ -66,6 +66,7 @@ class StageWorker:
             model, graph, schedule, self._checkpoint, plan.num_blocks, config, plan.kernels, plan.threads
         )
         self._wall = wall_offset()
+        self._number = -1  # of the last pass
         self._hidden, self._dtype = model.spec.hidden_size, self._host.executor.handed_on
 
     def run(
@@ -74,8 +75,9 @@ class StageWorker:
         """One pass, under the number by which it was sent: bytes of the residual stream [tokens, hidden], in the dtype
         that the local executor holds it in, or of the last stage's logits; or, given `draws`, the tokens that are
         drawn."""
+        assert number > self._number, "passes are carried out in the order in which they were sent"
         batch, executor = make_batch(chunks), self._host.executor
-        self._host.recorder.number_of_pass = number
+        self._host.recorder.number_of_pass = self._number = number
         received = None
         if hidden is not None:
             flat = torch.frombuffer(bytearray(hidden), dtype=torch.uint8).view(self._dtype)

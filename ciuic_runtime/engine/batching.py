@@ -3,6 +3,7 @@ Events come in (a request, a cancellation, a pass that is done), passes go out; 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,9 @@ Share = Callable[[Sequence[int], Sequence[tuple[int, int]], int], int]
 
 
 class Batching:
-    """Requests wait, run, may be preempted (they give their blocks back and catch up later), and end.
+    """Requests wait, run, may be preempted (they give their blocks back and catch up later), and end. One that catches
+    up may be in several passes on their way: they are carried out in the order in which they were sent, so each chunk
+    finds the entries of the one before. After the chunk that is sampled nothing of it is sent until that is back.
 
     `share` None: prompts first, and nobody decodes meanwhile. `shared_prefixes`: blocks of equal tokens are computed
     once. `two_forms`: generated tokens are computed in another form than prompts (MLA), so that their entries have
@@ -46,7 +49,7 @@ class Batching:
         shared_prefixes: bool = False, two_forms: bool = True,
     ) -> None:  # fmt: skip
         self.num_blocks, self.max_num_seqs, self.chunk_tokens = num_blocks, max_num_seqs, chunk_tokens
-        self.depth = 1  # passes that may be on their way at once; a request is in one of them at most
+        self.depth = 1  # passes that may be on their way at once; whoever decodes is in one of them at most
         self.share, self.shared_prefixes, self.two_forms = share, shared_prefixes, two_forms
         self.preemptions = 0
         self.reset()
@@ -56,7 +59,7 @@ class Batching:
         self.blocks = PrefixCache(self.num_blocks)
         self.waiting = FairQueue()
         self.running: list[Request] = []  # in the order in which they were let in
-        self._flying: set[int] = set()  # of these, those that are in a pass on its way
+        self._flying: Counter[int] = Counter()  # of these, by index: in how many passes on their way each is
         self._since = 0  # passes in which those that catch up got nothing
 
     # Events
@@ -67,8 +70,8 @@ class Batching:
         self.waiting.add(request)
 
     def cancel(self, request: Request) -> bool:
-        """Waiting or running, it is gone, and what it held is free, at once or when its pass is done; whether it was
-        there. Its caller gives it a reason for its end."""
+        """Waiting or running, it is gone, and what it held is free, at once or when its passes are done; whether it
+        was there. Its caller gives it a reason for its end."""
         if request.index in self._flying:
             return True
         if request in self.running:
@@ -91,7 +94,9 @@ class Batching:
     def computed(self, done: Pass) -> None:
         """The pass is done: its tokens are in the cache."""
         for request, chunk in zip(done.requests, done.chunks, strict=True):
-            self._flying.discard(request.index)
+            self._flying[request.index] -= 1
+            if not self._flying[request.index]:
+                del self._flying[request.index]
             if request.finish_reason:
                 continue  # cancelled meanwhile
             before = request.computed
@@ -105,6 +110,9 @@ class Batching:
     def abandon(self) -> None:
         """Passes on their way do not come back; who was in them is where it was before."""
         self._flying.clear()
+        for request in self.running:
+            request.sent = request.computed
+        self.release_finished()
 
     def release_finished(self) -> list[Request]:
         done = [r for r in self.running if r.finish_reason and r.index not in self._flying]
@@ -118,13 +126,14 @@ class Batching:
         """None: nothing to do."""
         self._admit()
         most = -(-len(self.running) // self.depth)  # sequences, so that there is something for the other passes
-        behind = [r for r in self._idle() if r.catching_up]
+        behind = self._behind()
         if behind and self.share is None:
             return self._pass([], self._catch_up(behind[:most], self.chunk_tokens))
         decoding = self._grow()[:most]
-        behind = [r for r in self._idle() if r.catching_up]  # growing may have cost some their place
+        behind = self._behind()  # growing may have cost some their place
         chunks = self._catch_up(behind, self._room(decoding, behind))
-        self._since = 0 if chunks else self._since + 1
+        if decoding or chunks:
+            self._since = 0 if chunks else self._since + 1
         return self._pass(decoding, chunks)
 
     def _pass(self, decoding: Iterable[Request], catching_up: Iterable[tuple[Request, Chunk]]) -> Pass | None:
@@ -132,7 +141,9 @@ class Batching:
         if not parts:
             return None
         phase: Phase = "prefill" if any(r.catching_up for r, _ in parts) else "decode"
-        self._flying |= {r.index for r, _ in parts}
+        for request, chunk in parts:
+            self._flying[request.index] += 1
+            request.sent = chunk.position + len(chunk.token_ids)
         return Pass(phase, tuple(r for r, _ in parts), tuple(c for _, c in parts))
 
     def _admit(self) -> None:
@@ -151,7 +162,7 @@ class Batching:
             self.blocks.release(found)
             return False
         request.blocks = [*found, *self.blocks.allocate(need)]
-        request.computed = len(found) * BLOCK_TOKENS
+        request.computed = request.sent = len(found) * BLOCK_TOKENS
         if not request.token_ids:
             request.cached = request.computed
         self.waiting.let_in(request)
@@ -161,6 +172,11 @@ class Batching:
     def _idle(self) -> list[Request]:
         """Those that run and are in no pass on its way."""
         return [r for r in self.running if r.index not in self._flying]
+
+    def _behind(self) -> list[Request]:
+        """Those that have a chunk to be sent; who is in fewer passes than others comes first."""
+        behind = [r for r in self.running if r.unsent and not r.finish_reason]
+        return sorted(behind, key=lambda r: self._flying[r.index])
 
     def _grow(self) -> list[Request]:
         """Those that can get their next token: a block for each that needs one; where there is none, the last one that
@@ -183,7 +199,7 @@ class Batching:
         request.preemptions += 1
         self.running.remove(request)
         self.blocks.release(request.blocks)
-        request.blocks, request.computed = [], 0
+        request.blocks, request.computed, request.sent = [], 0, 0
         self.waiting.put_back(request)
 
     def _leave(self, request: Request) -> None:
@@ -193,15 +209,17 @@ class Batching:
         request.blocks = []
 
     def _room(self, decoding: Sequence[Request], behind: Sequence[Request]) -> int:
-        if not decoding or not behind or self.share is None:
+        """For chunks, in tokens. A pass without decodes holds up those that decode in the other ones as much."""
+        others = decoding or [r for r in self.running if not r.catching_up and not r.finish_reason]
+        if not others or not behind or self.share is None:
             return self.chunk_tokens
-        left = [(r.computed, r.num_tokens - r.computed) for r in behind]
-        return min(self.chunk_tokens, self.share([r.computed + 1 for r in decoding], left, self._since))
+        left = [(r.sent, r.num_tokens - r.sent) for r in behind]
+        return min(self.chunk_tokens, self.share([r.computed + 1 for r in others], left, self._since))
 
     def _catch_up(self, behind: Iterable[Request], room: int) -> list[tuple[Request, Chunk]]:
         chunks = []
         for request in behind:
-            at, prompt = request.computed, request.computed < len(request.prompt)
+            at, prompt = request.sent, request.sent < len(request.prompt)
             end = len(request.prompt) if prompt else request.num_tokens
             told = prompt and request.params.prompt_logprobs is not None and not request.token_ids
             take = min(room, end - at, MOST_TOLD if told else room)

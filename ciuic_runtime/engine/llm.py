@@ -388,7 +388,7 @@ class LLM:
 
     def _forecast(self, requests: Sequence[Request]) -> None:
         """As many of the requests as run at once, all as long as the longest."""
-        prompt, new = max(len(r.prompt) for r in requests), max(r.params.max_tokens for r in requests)
+        prompt, new = max(len(r.prompt) for r in requests), max(1, *(r.params.max_tokens for r in requests))
         work = Workload(prompt, new, min(len(requests), self.max_num_seqs))
         if work != self.schedule.workload:
             self.schedule = self._setup.forecast(work)

@@ -50,6 +50,7 @@ class Request:
     guide: Guide | None = None  # what may come next; None: anything
     token_ids: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose cache entries exist
+    sent: int = 0  # these, and those in passes that are on their way
     cached: int = 0  # of the prompt's tokens, those whose entries were found in the cache when it was first let in
     blocks: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -77,7 +78,17 @@ class Request:
     @property
     def catching_up(self) -> bool:
         """Tokens have to be computed whose successors are known: a prompt, or what was given up for others' sake."""
-        return self.computed < len(self.prompt) or self.computed < self.num_tokens - 1
+        return self.computed < self._known
+
+    @property
+    def unsent(self) -> bool:
+        """Some of these are in no pass yet."""
+        return self.sent < self._known
+
+    @property
+    def _known(self) -> int:
+        """Tokens that are computed in chunks: all but the last one that was generated."""
+        return max(len(self.prompt), self.num_tokens - 1)
 
     @property
     def history(self) -> list[int]:

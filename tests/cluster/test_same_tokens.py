@@ -25,14 +25,26 @@ PARAMS = [
 ]  # fmt: skip
 
 
+LONG = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3] * 15
+TOLD = ciuic.SamplingParams(max_tokens=4, ignore_eos=True, logprobs=2, prompt_logprobs=1, temperature=0.0)
+
+
 def outcome(outputs: list[Any]) -> list[Any]:
-    return [(o.token_ids, o.logprobs, o.finish_reason) for o in outputs]
+    return [(o.token_ids, o.logprobs, o.prompt_logprobs, o.finish_reason) for o in outputs]
 
 
 @pytest.fixture(scope="module")
 def expected(tiny_int4: Path, here: Topology) -> list[Any]:
     with ciuic.LLM(tiny_int4, devices=here, max_model_len=192, max_num_seqs=8, threads=1) as llm:
-        return outcome(llm.generate(PROMPTS, PARAMS))
+        return outcome([*llm.generate(PROMPTS, PARAMS), *llm.generate(LONG, TOLD)])
+
+
+def at_work(trace: ciuic.Trace, lane: str) -> list[tuple[float, float]]:
+    """By pass: when it was first computed there, and until when."""
+    found = [
+        [e for e in trace.events if (e.lane, e.step, e.kind) == (lane, i, "compute")] for i in range(len(trace.steps))
+    ]
+    return [(min(e.start for e in events), max(e.end for e in events)) for events in found]
 
 
 def test_any_number_of_stages(cluster: Any, tiny_int4: Path, here: Topology, expected: list[Any]) -> None:
@@ -45,13 +57,21 @@ def test_any_number_of_stages(cluster: Any, tiny_int4: Path, here: Topology, exp
             threads=1,
             executor="ray",
             stages=stages,
+            prefill_chunk=16,
             address=cluster.address,
         ) as llm:
-            assert outcome(llm.generate(PROMPTS, PARAMS)) == expected, f"{stages} stages"
+            assert outcome(llm.generate(PROMPTS, PARAMS)) == expected[:-1], f"{stages} stages"
             assert outcome(llm.generate(PROMPTS[0], PARAMS[0])) == expected[:1]
             trace = llm.trace
             assert {e.task for e in trace.events} >= {t.name for t in llm.model.graph}
             assert llm.comparison is not None
+            assert outcome(llm.generate(LONG, TOLD)) == expected[-1:], f"a long prompt in {stages} stages"
+            if stages == 2:
+                first, second = (at_work(llm.trace, f"stage{i}/cpu")[:10] for i in range(2))
+                assert len(first) == len(second) == 10
+                chunks = zip(first[1:], second[:-1], strict=True)
+                both = [later[0] < before[1] and before[0] < later[1] for later, before in chunks]
+                assert any(both), "a chunk is computed while the next stage computes the one before"
 
 
 def test_unequal_stages_on_the_nodes_of_a_cluster(cluster: Any, tiny_int4: Path, expected: list[Any]) -> None:
@@ -67,6 +87,6 @@ def test_unequal_stages_on_the_nodes_of_a_cluster(cluster: Any, tiny_int4: Path,
         tiny_int4, devices=hw, max_model_len=192, max_num_seqs=8, threads=1, executor="ray", placement=placement,
         address=cluster.address, micro_batches=2,
     ) as llm:  # fmt: skip
-        assert outcome(llm.generate(PROMPTS, PARAMS)) == expected
+        assert outcome(llm.generate(PROMPTS, PARAMS)) == expected[:-1]
         lanes = {e.lane for e in llm.trace.events}
         assert {"node0/cpu", "node2/cpu"} <= lanes

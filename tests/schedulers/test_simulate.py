@@ -24,7 +24,7 @@ from ciuic_runtime.schedulers.predict import predict
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.simulate import micro_steps, simulate, simulate_pipeline, simulate_stages
 from ciuic_runtime.schedulers.simulate_requests import simulate_requests
-from ciuic_runtime.schedulers.steps import workload_steps
+from ciuic_runtime.schedulers.steps import pipeline_steps, workload_steps
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import CACHE_BLOCK_TOKENS, Workload
 
@@ -608,6 +608,36 @@ def test_two_equal_stages_do_twice_as_much_with_two_passes_on_their_way() -> Non
     assert two == close(2 * one)
     four = predict(replace(schedule, workload=Workload(8, 8, 4)), graph, cost, depth=4).decode_tokens_per_s
     assert four == close(1 / (1 + HANDLING_SECONDS))  # both are busy all the time
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 31])
+def test_chunks_of_one_prompt_fill_the_stages_of_a_cluster(m: int) -> None:
+    """m chunks through two stages of s seconds: (m + 1) s, where one pass at once takes 2 m s; calls come on top. The
+    tokens after it wait for one another, however many passes there may be."""
+    schedule, graph, cost = stages(2, 1.0, 0.0, "node{}/cuda:0")
+    work, graph = Workload(8 * m, 3), replace(graph, prefill_chunk=8)
+    schedule = replace(schedule, workload=work)
+    through = 2 + 2 * CALL_SECONDS + HANDLING_SECONDS
+    for depth in (2, 5):
+        trace = simulate_stages(schedule, graph, cost, depth, pipeline_steps(graph, work, depth))
+        prompt, *tokens = trace.steps[m - 1 :]
+        assert m + 1 <= prompt.end <= (m + 1) * (1 + 2 * CALL_SECONDS)
+        assert [s.end - s.start for s in tokens] == [close(through)] * 2
+        forecast = predict(schedule, graph, cost, depth)
+        assert forecast.first_token_s == close(prompt.end)
+        assert forecast.decode_tokens_per_s == close(1 / through)
+        check_lanes(trace)
+    one = simulate_stages(schedule, graph, cost, 1, pipeline_steps(graph, work, 1))
+    assert one.steps[m - 1].end == close(m * through)
+
+
+def test_passes_of_more_sequences_than_are_planned_have_company() -> None:
+    """Of passes as they came: two of four sequences each are on their way though the plan is for four in all."""
+    schedule, graph, cost = stages(2, 1.0, 0.0, "node{}/cuda:0")
+    schedule = replace(schedule, workload=Workload(8, 8, 4))
+    few, many = (simulate_stages(schedule, graph, cost, 2, [Step.decode(9, n)] * 6) for n in (2, 4))
+    assert few.steps[-1].end < 6 * 1.5
+    assert many.steps[-1].end == close(few.steps[-1].end)
 
 
 def test_four_passes_keep_the_busier_of_two_stages_busy() -> None:
