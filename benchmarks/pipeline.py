@@ -44,7 +44,7 @@ from ciuic_runtime.models.batch import Batch, Chunk
 from ciuic_runtime.models.config import KNOWN_FOLDER
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import Step
-from ciuic_runtime.schedulers.pipeline import pipeline_of
+from ciuic_runtime.schedulers.pipeline import call_seconds, handling_seconds, pipeline_of
 from ciuic_runtime.schedulers.simulate import simulate_stages
 from ciuic_runtime.schedulers.stages import stages_of
 
@@ -148,7 +148,7 @@ class Pipeline:
         trace, ends = self.llm.trace, self.watch.ends
         steps = [b - a for a, b in pairwise(ends)]
         spans: dict[tuple[int, int], tuple[float, float]] = {}
-        for e in trace.events:
+        for e in (e for e in trace.events if e.kind == "compute"):
             key = (e.step, self.stage_of[e.task])
             first, last = spans.get(key, (e.start, e.end))
             spans[key] = (min(first, e.start), max(last, e.end))
@@ -372,6 +372,9 @@ def run(args: argparse.Namespace, model: Path) -> None:
         found = take_turns(rivals, args.rounds, args.threads, cluster.processes(), patience)
         stages = {s.name: sum(s.stages[1]) / STAGES for s in pair}
         report.line(f"{model.name}, {cluster.pipelines[0].llm.model.spec.name}: stages of {ms(stages['two raylets'])}")
+        cpu = cluster.hardware.topology.device("node1/cpu")
+        call, handling = ms(call_seconds(cpu)), ms(handling_seconds(cpu))
+        report.line(f"calls as the forecasts have them: {call}, of which {handling} keep a stage from computing")
         tell(found, report, pair)
         tell_forecasts(found, report)
         simulated, asleep = busy_in_simulation(full), busy_when_sleeping(cluster)

@@ -5,25 +5,28 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from ciuic_runtime.devices.errors import CiuicError
+from ciuic_runtime.devices.ray_calls import Spinner, measure_calls, measure_hop
 from ciuic_runtime.devices.ray_session import join
 from ciuic_runtime.devices.spec import DeviceSpec, Link, Topology
 from ciuic_runtime.devices.toml import topology_from_dict, topology_to_dict
 
-NODE_ID = "ray_node_id"  # the fact of a device that says on which of Ray's nodes it is
-SMALL, LARGE = 8 << 10, 16 << 20  # bytes: a token's residual stream, and enough to see the bandwidth
-CALLS = 15  # of which the median counts
+# Facts of a device:
+NODE_ID = "ray_node_id"  # on which of Ray's nodes it is
+MACHINE = "machine"  # whose several nodes may be
+LARGE = 16 << 20  # bytes, enough to see a link's bandwidth
 DISCOVERY_SECONDS = 120.0
 Progress = Callable[[str], None]
 
 
-class NodeProbe:
+class NodeProbe(Spinner):
     """On one node: what is there, and how fast things come from another one's probe."""
 
     def topology(self, measure: str, path: str | None) -> dict[str, Any]:
@@ -31,17 +34,11 @@ class NodeProbe:
 
         return topology_to_dict(DeviceManager(path, measure).topology)
 
-    def make(self, nbytes: int) -> bytes:
-        return bytes(nbytes)
-
     def put(self, nbytes: int) -> list[Any]:
         """In the node's object store: a reference to it, wrapped so that it is not followed on the way."""
         import ray
 
         return [ray.put(bytes(nbytes))]
-
-    def take(self, data: bytes) -> int:
-        return len(data)
 
     def fetch(self, boxed: list[Any]) -> float:
         """Seconds until it is here."""
@@ -83,9 +80,11 @@ def _looked_at(
     """Those of `new` beside what is known already; between two that are known, nothing is measured again."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    say, there = progress or (lambda what: None), {n["NodeID"]: n["NodeManagerAddress"] for n in nodes_of(ray)}
+    say, there = progress or (lambda what: None), {n["NodeID"]: n for n in nodes_of(ray)}
     before = {name: i for name, i in (node_ids(known) if known else {}).items() if i in there}
     parts = {name: _part(known, name) for name in before} if known else {}
+    own = there.get(ray.get_runtime_context().get_node_id())
+    here = _machine(own) if own else None
     probe = ray.remote(num_cpus=0)(NodeProbe)
     probes = {
         name: probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote()
@@ -93,14 +92,18 @@ def _looked_at(
     }
     try:
         for name, node_id in new.items():
-            say(f"looking at {name} ({there.get(node_id, 'gone')})")
+            node = there.get(node_id)
+            say(f"looking at {name} ({node['NodeManagerAddress'] if node else 'gone'})")
             found = _answer(ray, name, probes[name].topology.remote(measure, None if path is None else str(path)))
-            parts[name] = _named(name, node_id, topology_from_dict(found, name))
+            machine = _machine(node) if node else node_id
+            calls = asdict(measure_calls(partial(_answer, ray, name), probes[name]))
+            calls["call_cpu_s"] *= machine == here  # elsewhere it takes nothing from anybody
+            parts[name] = _named(name, {NODE_ID: node_id, MACHINE: machine, **calls}, topology_from_dict(found, name))
         links: list[Link] = []
         for a, b in combinations(probes, 2):
             if a in new or b in new:
                 say(f"measuring the link between {a} and {b}")
-                links += _links(parts, a, b, *_measured(ray, a, b, probes[a], probes[b]))
+                links += _measured(ray, parts, a, b, probes[a], probes[b])
     finally:
         for one in probes.values():
             ray.kill(one)
@@ -120,13 +123,13 @@ def _part(known: Topology, node: str) -> Topology:
 def machine_of(nodes: Sequence[dict[str, Any]], node_id: str) -> str:
     """What stays of a node that leaves and joins again under another id: its host's name and address. Where another
     live node has the same, so that they are several of one machine, and where Ray does not know it: its id."""
-
-    def place(node: dict[str, Any]) -> str:
-        return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-
-    mine = next((place(n) for n in nodes if n["NodeID"] == node_id), node_id)
-    alike = any(n["Alive"] and n["NodeID"] != node_id and place(n) == mine for n in nodes)
+    mine = next((_machine(n) for n in nodes if n["NodeID"] == node_id), node_id)
+    alike = any(n["Alive"] and n["NodeID"] != node_id and _machine(n) == mine for n in nodes)
     return node_id if alike else mine
+
+
+def _machine(node: dict[str, Any]) -> str:
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
 
 
 def nodes_of(ray: Any) -> list[dict[str, Any]]:
@@ -135,31 +138,23 @@ def nodes_of(ray: Any) -> list[dict[str, Any]]:
     return sorted(alive, key=lambda n: ("node:__internal_head__" not in n["Resources"], n["NodeID"]))
 
 
-def _named(node: str, node_id: str, part: Topology) -> Topology:
-    """With the node's name before those of its devices."""
+def _named(node: str, facts: Mapping[str, str | float], part: Topology) -> Topology:
+    """With the node's name before those of its devices, of which the facts are true."""
 
     def named(device: DeviceSpec) -> DeviceSpec:
-        return replace(device, name=f"{node}/{device.name}", facts={**device.facts, NODE_ID: node_id})
+        return replace(device, name=f"{node}/{device.name}", facts={**device.facts, **facts})
 
     links = (replace(x, src=f"{node}/{x.src}", dst=f"{node}/{x.dst}", domains=()) for x in part.links)
     return Topology(tuple(map(named, part.devices)), tuple(links))
 
 
-def _measured(ray: Any, a: str, b: str, one: Any, other: Any) -> tuple[float, float]:
-    """Seconds of a hop with a token's residual stream, and bytes/s of large ones."""
-    hops, fetches = [], []
-    for _ in range(CALLS):
-        begin = time.perf_counter()
-        _answer(ray, b, other.take.remote(one.make.remote(SMALL)))
-        hops.append((time.perf_counter() - begin) / 2)
-    for _ in range(3):
-        fetches.append(_answer(ray, b, other.fetch.remote(one.put.remote(LARGE))))
-    latency = statistics.median(hops)
-    return latency, LARGE / max(1e-6, statistics.median(fetches))
-
-
-def _links(parts: dict[str, Topology], a: str, b: str, latency: float, bandwidth: float) -> list[Link]:
-    """Between the CPUs of two nodes, either way: what other devices hand on goes through these."""
+def _measured(ray: Any, parts: dict[str, Topology], a: str, b: str, one: Any, other: Any) -> list[Link]:
+    """Between the CPUs of two nodes, either way: what other devices hand on goes through these. The latency is that of
+    a call with a token's residual stream, from a process that computes to another one."""
+    around = sum(float(d.facts.get("call_s", 0.0)) for name in (a, b) for d in parts[name].devices[:1])
+    latency = max(around / 2, measure_hop(partial(_answer, ray, b), one, other, around))
+    fetches = [_answer(ray, b, other.fetch.remote(one.put.remote(LARGE))) for _ in range(3)]
+    bandwidth = LARGE / max(1e-6, statistics.median(fetches))
     cpus = {name: [d.name for d in parts[name].devices if d.kind == "CPU"] for name in (a, b)}
     pairs = [(x, y) for x in cpus[a] for y in cpus[b]]
     return [Link(src, dst, bandwidth, latency, "measured") for x, y in pairs for src, dst in ((x, y), (y, x))]

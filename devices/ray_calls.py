@@ -1,0 +1,68 @@
+"""What a call from process to process takes in a Ray cluster, where the one that is called computes between calls as a
+stage of a model does: such a call takes several times as long as one to a process that waits for it.
+Knows Ray's calls; what is computed in pipelines of them is for schedulers."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+BUSY = 3e-3  # s that a process computes for each call
+SMALL = 8 << 10  # bytes: a token's residual stream
+CALLS, AT_ONCE, ROUNDS = 15, 8, 5  # of which medians count
+Answer = Callable[[Any], Any]  # of a call, or what is wrong
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """To a process of one node. As facts of a device, under these names."""
+
+    call_s: float  # of one by itself, from process to process
+    call_handling_s: float  # of these, what keeps the process that is called from computing
+    call_cpu_s: float  # of a core where the call comes from, for one and its answer
+
+
+class Spinner:
+    """On one node: computes nothing for some time."""
+
+    def spin(self, data: bytes, seconds: float) -> bytes:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+        return data
+
+
+def measure_calls(answer: Answer, spinner: Any) -> Calls:
+    """From this process to a Spinner and back."""
+    data = bytes(SMALL)
+    for _ in range(3):
+        answer(spinner.spin.remote(data, BUSY))
+    alone, at_once = [], []
+    cpu = time.process_time()
+    for _ in range(CALLS):
+        begin = time.perf_counter()
+        answer(spinner.spin.remote(data, BUSY))
+        alone.append(time.perf_counter() - begin - BUSY)
+    cpu = time.process_time() - cpu
+    there_and_back = max(0.0, statistics.median(alone))
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        for call in [spinner.spin.remote(data, BUSY) for _ in range(AT_ONCE)]:
+            answer(call)
+        at_once.append((time.perf_counter() - begin - there_and_back - BUSY) / (AT_ONCE - 1) - BUSY)
+    handling = min(max(0.0, statistics.median(at_once)), there_and_back / 2)
+    return Calls(there_and_back / 2, handling, cpu / CALLS)
+
+
+def measure_hop(answer: Answer, one: Any, other: Any, around: float) -> float:
+    """Seconds from a Spinner to another one; `around`: of the hops from here to the first and from the second to
+    here."""
+    data, found = bytes(SMALL), []
+    for _ in range(CALLS):
+        begin = time.perf_counter()
+        answer(other.spin.remote(one.spin.remote(data, BUSY), BUSY))
+        found.append(time.perf_counter() - begin - 2 * BUSY - around)
+    return max(0.0, statistics.median(found))
