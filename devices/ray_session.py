@@ -12,6 +12,7 @@ from typing import Any
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput
 
 ANSWER_SECONDS = 10.0
+ALLOW = "give --insecure (ciuic serve: --join-insecure, Python: insecure=True)"
 OBJECT_STORE_BYTES = 100 << 20  # residual streams are small, and weights never go through it
 
 
@@ -43,7 +44,7 @@ def join(address: str | None, insecure: bool = False) -> Any:
     if address is not None and not known and not insecure:
         raise InvalidInput(
             f"the cluster at {address} would be joined without a token, so that anybody could; make one with `ray "
-            "get-auth-token --generate` on its head, copy it to every node, or give --insecure"
+            f"get-auth-token --generate` on its head, copy it to every node, or {ALLOW}"
         )
     if not joined:
         _begin(ray, address, known)
@@ -58,7 +59,7 @@ def join(address: str | None, insecure: bool = False) -> Any:
             ray.shutdown()
         raise InvalidInput(
             f"the cluster at {gcs} asks for no token, so that anybody can use it; start it with RAY_AUTH_MODE=token on "
-            "every node, or give --insecure"
+            f"every node, or {ALLOW}"
         )
     return ray
 
@@ -136,7 +137,7 @@ def asks_for_token(gcs: str) -> bool:
             if code is not grpc.StatusCode.UNIMPLEMENTED:  # then it heard us out
                 raise CiuicError(
                     f"whether the cluster at {gcs} asks for a token could not be found out: {code.name}, "
-                    f"{error.details()}; try again, or give --insecure"
+                    f"{error.details()}; try again, or {ALLOW}"
                 ) from error
     return False
 

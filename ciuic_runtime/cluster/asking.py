@@ -18,6 +18,7 @@ from ciuic_runtime.devices.errors import CiuicError, InvalidInput
 JOB_ID = "CIUIC_JOB_ID"  # environment variable of a job's driver
 SPACE = b"ciuic"  # of keys
 HEARD_SECONDS = 15.0  # for a model that runs to hear of it
+STORE_SECONDS = 5.0  # for the store to answer; without a limit Ray waits for a head that is gone
 ANSWER_SECONDS = 300.0  # and to look at the new nodes, of which each is measured
 
 
@@ -113,18 +114,19 @@ class _Store:
     def __init__(self, ray: Any) -> None:
         from ray.experimental import internal_kv
 
-        self._kv = internal_kv
+        self._kv = internal_kv.internal_kv_get_gcs_client()
 
     def put(self, key: str, value: Any) -> None:
-        self._kv._internal_kv_put(key.encode(), json.dumps(value).encode(), overwrite=True, namespace=SPACE)
+        data = json.dumps(value).encode()
+        self._kv.internal_kv_put(key.encode(), data, overwrite=True, namespace=SPACE, timeout=STORE_SECONDS)
 
     def get(self, key: str) -> Any:
-        found = self._kv._internal_kv_get(key.encode(), namespace=SPACE)
+        found = self._kv.internal_kv_get(key.encode(), SPACE, timeout=STORE_SECONDS)
         return None if found is None else json.loads(found)
 
     def delete(self, key: str) -> None:
-        self._kv._internal_kv_del(key.encode(), namespace=SPACE)
+        self._kv.internal_kv_del(key.encode(), False, SPACE, timeout=STORE_SECONDS)
 
     def names(self, prefix: str) -> list[str]:
-        found = self._kv._internal_kv_list(prefix.encode(), namespace=SPACE)
+        found = self._kv.internal_kv_keys(prefix.encode(), SPACE, timeout=STORE_SECONDS)
         return sorted(key.decode().removeprefix(prefix) for key in found)

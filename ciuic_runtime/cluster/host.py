@@ -16,6 +16,7 @@ import torch
 
 from ciuic_runtime.cluster.asking import Mailbox, name_of_this_run
 from ciuic_runtime.cluster.growth import Choice, nodes_used
+from ciuic_runtime.cluster.head import Head
 from ciuic_runtime.cluster.losses import Losses
 from ciuic_runtime.cluster.newcomers import Newcomers
 from ciuic_runtime.cluster.runner import PlacedStage, RayRunner
@@ -59,6 +60,7 @@ class ClusterHost:
         watched = self._can_be_watched()
         self._own = config.address is None and not import_ray().is_initialized()
         self.ray = join(config.address, config.insecure)
+        self._head = Head(self.ray)
         self._notes: list[str] = []
         self._lost_nodes: set[str] = set()
         self._smaller = False  # nodes were lost, and none has joined since
@@ -72,7 +74,7 @@ class ClusterHost:
                 self._machine(node_id)
             stages = self._placed(setup.schedule)
             depth = config.micro_batches or len(stages)
-            self.runner: RayRunner = RayRunner(self.ray, stages, depth, self._forecast(), progress)
+            self.runner: RayRunner = RayRunner(self.ray, self._head, stages, depth, self._forecast(), progress)
         except BaseException:
             self._leave()
             raise
@@ -101,7 +103,7 @@ class ClusterHost:
                 "DeviceManager.from_ray(address), or --address"
             )
         threads = stage_threads(stage, on_node, self._config.threads) or max(1, (os.cpu_count() or 1) // on_node)
-        here = [n for n in self.ray.nodes() if n["Alive"] and node_id in (None, n["NodeID"])]
+        here = [n for n in self._head.nodes() if n["Alive"] and node_id in (None, n["NodeID"])]
         offered = max((n["Resources"].get("CPU", 0.0) for n in here), default=0.0)
         setup, config = self._setup, self._config
         plan = StagePlan(
@@ -118,8 +120,8 @@ class ClusterHost:
 
     def recover(self, lost: StageLost) -> Setup:
         """Starts what was lost anew, on its node or, where that is gone or has no room, by another plan over what is
-        left. Raises OutOfMemory where that cannot hold the model, NoRoom where others use it, and the loss itself where
-        there were too many; the stages that are left have ended then."""
+        left. Raises OutOfMemory where that cannot hold the model, NoRoom where others use it, ClusterLost where that is
+        gone, and the loss itself where there were too many; the stages that are left have ended then."""
         begin = time.perf_counter()
         try:
             found, planned = self._start_again(lost)
@@ -139,6 +141,7 @@ class ClusterHost:
         newest: StageLost | None = lost
         full: NoRoom | None = None
         while True:
+            self._head.nodes()
             now = self.runner.take_stock(newest)
             for one in now:
                 log.warning("%s", one)
@@ -168,7 +171,7 @@ class ClusterHost:
     def _plan_without_lost_nodes(self, lost: StageLost, full: NoRoom | None) -> float | None:
         """Seconds that it took; None where every node that has a stage is there, has room, and has not had its
         chances."""
-        setup, alive, ids = self._setup, {n["NodeID"] for n in self.ray.nodes() if n["Alive"]}, self._node_ids()
+        setup, alive, ids = self._setup, {n["NodeID"] for n in self._head.nodes() if n["Alive"]}, self._node_ids()
         tired = {node for node, node_id in ids.items() if self._losses_of(node_id) > CHANCES}
         gone = tired | {node for node, node_id in ids.items() if node_id not in alive}
         gone |= {full.node} if full else set()
@@ -223,6 +226,8 @@ class ClusterHost:
 
     def _look(self, asked: bool) -> tuple[bool, str]:
         """In the watch's thread: whether the next pass goes by another plan, and what was seen."""
+        if not self._head.answers():
+            raise CiuicError("the cluster's head does not answer")
         now, known = self._setup, sorted(node_ids(self._setup.topology))
         if self._found is not None and self._found[0] is now:
             return self._found[1].moves, self._found[1].why  # for the next pass
@@ -247,6 +252,7 @@ class ClusterHost:
         if not found[1].moves:
             self._setup = found[1].setup  # a loss may need what is known now
             return None
+        self._head.wait()
         return self._moved(self._setup, found[1])
 
     def _moved(self, before: Setup, choice: Choice) -> Setup:
@@ -340,15 +346,18 @@ class ClusterHost:
         self.runner.clear_trace()
 
     def close(self) -> None:
-        """Ends the stages, and the cluster where it was started here."""
+        """Ends the stages, and the cluster where it was started here; leaves it where its head is gone."""
         if self._watch is not None:
             self._watch.close()
         self.runner.close()
         self._leave()
 
     def _leave(self) -> None:
+        self._head.close()
         if self._own:
             self.ray.shutdown()
+        else:
+            self._head.leave_if_lost()
 
 
 def _carried_out(schedule: Schedule) -> str:

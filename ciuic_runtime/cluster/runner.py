@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from ciuic_runtime.cluster.gathering import Gathered, StageRecord
+from ciuic_runtime.cluster.head import ClusterLost, Head
 from ciuic_runtime.cluster.seats import NoRoom, Seats
 from ciuic_runtime.cluster.stage_worker import StagePlan, StageWorker
 from ciuic_runtime.devices.errors import CiuicError
@@ -31,6 +33,7 @@ PATIENCE = 20.0
 START_SECONDS = 600.0  # for a stage to load its weights
 ALIVE_SECONDS = 1.0  # between looks whether the nodes of stages that load are there
 FETCH_SECONDS = 5.0  # for what is ready to come here
+HEAD_SECONDS = 5.0  # between looks whether the cluster's head is there, while a stage is waited for
 
 # What Ray raises where a process or a node is gone, or what they held.
 LOSSES = (
@@ -82,11 +85,12 @@ class RayRunner:
     """`depth` passes at once, so that the stages work at the same time."""
 
     def __init__(
-        self, ray: Any, stages: Sequence[PlacedStage], depth: int, forecast: Callable[[Step], float | None],
-        progress: Callable[[int, int], None] | None = None,
+        self, ray: Any, head: Head, stages: Sequence[PlacedStage], depth: int,
+        forecast: Callable[[Step], float | None], progress: Callable[[int, int], None] | None = None,
     ) -> None:  # fmt: skip
-        """Starts the stages and waits until their weights are there. Raises StageLost, and whatever they refuse."""
-        self.ray, self.depth, self.forecast = ray, depth, forecast
+        """Starts the stages and waits until their weights are there. Raises StageLost, ClusterLost, and whatever they
+        refuse."""
+        self.ray, self._head, self.depth, self.forecast = ray, head, depth, forecast
         self.stages: list[PlacedStage] = []
         self._actors: list[Any] = []
         self._seats = Seats(ray)
@@ -186,7 +190,7 @@ class RayRunner:
 
     def _check_nodes(self, starting: Sequence[int]) -> None:
         """Raises StageLost for a stage whose node is gone: Ray waits for its seat to come back."""
-        alive = {n["NodeID"] for n in self.ray.nodes() if n["Alive"]}
+        alive = {n["NodeID"] for n in self._head.nodes() if n["Alive"]}
         for index in starting:
             if self.stages[index].node_id not in (None, *alive):
                 raise self._lost(index, "its node is gone")
@@ -259,7 +263,7 @@ class RayRunner:
         """What a stage answered; `chain` are the calls of all stages in order, each waiting for the one before. Raises
         StageLost, what the stage itself raised if that is for people to read, or CiuicError with what it was."""
         try:
-            return self.ray.get(ref, timeout=seconds)
+            return self._wait_for(ref, seconds)
         except self.ray.exceptions.GetTimeoutError:
             waiting = (i for i, r in enumerate(chain) if not self.ray.wait([r], timeout=0, fetch_local=False)[0])
             raise self._lost(next(waiting, index), f"it did not answer in {seconds:.0f} s") from None
@@ -271,6 +275,25 @@ class RayRunner:
                 cause.args = (f"stage {index}{self._at(index)}: {cause}",)
                 raise cause from error
             raise CiuicError(f"stage {index}{self._at(index)} failed: {type(cause).__name__}: {_why(cause)}") from error
+
+    def _wait_for(self, ref: Any, seconds: float | None) -> Any:
+        """Raises GetTimeoutError after so many (None: never), and ClusterLost."""
+        left = math.inf if seconds is None else seconds
+        while True:
+            self._check_head()
+            try:
+                return self.ray.get(ref, timeout=min(left, HEAD_SECONDS))
+            except self.ray.exceptions.GetTimeoutError:
+                left -= HEAD_SECONDS
+                if left <= 0:
+                    raise
+
+    def _check_head(self) -> None:
+        try:
+            self._head.check()
+        except ClusterLost:
+            self.close()
+            raise
 
     def _origin(self, error: BaseException, index: int, chain: Sequence[Any]) -> tuple[int, BaseException]:
         """The stage that failed first, and of what: those after it fail because of it."""
@@ -317,7 +340,7 @@ class RayRunner:
             self._asked = None
             self.gathered.take(until, self.stages, self._answers(refs))
         until = self._sent - len(self._way)
-        if until > self.gathered.since:
+        if self._actors and until > self.gathered.since:
             self._asked = until, [actor.recorded.remote(self.gathered.since, until) for actor in self._actors]
             if wait:
                 self.gather(wait)
@@ -349,12 +372,14 @@ class RayRunner:
         return [pid for pid in self._ask("pid") if pid is not None]
 
     def close(self) -> None:
-        """Ends the stages' processes."""
+        """Ends the stages' processes; without a head they end by themselves, when this process leaves the cluster."""
         self._way.clear()
-        for actor in self._actors:
-            self._kill(actor)
+        self._asked = None
+        if not self._head.lost:
+            for actor in self._actors:
+                self._kill(actor)
+            self._seats.close()
         self.stages, self._actors, self._loads = [], [], []
-        self._seats.close()
 
     def _kill(self, actor: Any) -> None:
         with contextlib.suppress(Exception):  # it may be gone already

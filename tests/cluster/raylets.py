@@ -53,8 +53,8 @@ def running() -> set[int]:
     return {p.pid for p in psutil.process_iter(["status"]) if p.info["status"] != psutil.STATUS_ZOMBIE}
 
 
-def wait_until(true: Callable[[], bool], otherwise: str) -> None:
-    limit = time.monotonic() + 20
+def wait_until(true: Callable[[], bool], otherwise: str, seconds: float = 20) -> None:
+    limit = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < limit, otherwise
         time.sleep(0.1)

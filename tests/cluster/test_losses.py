@@ -462,7 +462,8 @@ def three_stages(ray: Any) -> tuple[Failing, RayRunner]:
     failing = Failing(ray.exceptions)
     plans = [StagePlan(i, "model", "int4", 64, (), (), "{}", 8, "auto", 1) for i in range(3)]
     stages = [PlacedStage(plan, f"node{i}", None, 0.0) for i, plan in enumerate(plans)]
-    return failing, RayRunner(failing, stages, 2, lambda step: 0.001)
+    head: Any = SimpleNamespace(lost=False, check=lambda: None)  # that is there
+    return failing, RayRunner(failing, head, stages, 2, lambda step: 0.001)
 
 
 def lost_kinds(ray: Any) -> list[BaseException]:

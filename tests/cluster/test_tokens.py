@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from raylets import free_ports
 
 from ciuic_runtime.cluster.submit import Jobs, _asked
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput
-from ciuic_runtime.devices.ray_session import asks_for_token, join
+from ciuic_runtime.devices.ray_session import ALLOW, asks_for_token, join
 
 pytestmark = pytest.mark.usefixtures("ray")
 
@@ -122,6 +124,43 @@ def test_a_cluster_is_joined_with_a_token_that_it_asks_for(
     code, said = ciuic(without, *run, "--address", address, "--insecure")
     assert code == 0, said
     assert len(said["token_ids"]) <= 3
+
+
+@pytest.mark.slow
+def test_a_model_is_served_from_a_cluster_without_a_token_where_that_is_said_to_be_fine(
+    open_cluster: tuple[str, str], tiny_int4: Path, tmp_path: Path
+) -> None:
+    assert "ciuic serve: --join-insecure" in ALLOW  # its --insecure is about clients
+    address, _ = open_cluster
+    serve = [
+        "serve", str(tiny_int4), "--port", "0", "--context", "64", "--threads", "1", "--executor", "ray",
+        "--address", address,
+    ]  # fmt: skip
+    for env, says in [
+        (environment(tmp_path), f"the cluster at {address} would be joined without a token"),
+        (environment(tmp_path, RAY_AUTH_TOKEN="0" * 64), f"the cluster at {address} asks for no token"),
+    ]:
+        code, said = ciuic(env, *serve)
+        assert code == 2
+        assert said["error"]["message"].startswith(says)
+        assert said["error"]["message"].endswith(ALLOW), said
+
+    with subprocess.Popen(
+        [*CIUIC, *serve, "--join-insecure", "--json"], env=environment(tmp_path),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as server:  # fmt: skip
+        try:
+            assert server.stdout is not None
+            assert server.stderr is not None
+            line = server.stdout.readline()
+            assert line, server.stderr.read()
+            asked = {"model": tiny_int4.name, "prompt": "A", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
+            answer = httpx.post(f"{json.loads(line)['url']}/v1/completions", json=asked, timeout=60)
+            assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 3)
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(30) == 0, server.stderr.read()
+        finally:
+            server.kill()
 
 
 @pytest.mark.slow  # Ray tries again and again

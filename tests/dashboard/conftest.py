@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 from late_page import LatePage
+from late_run import DELAY, LATE, Client
 
 import ciuic_runtime as ciuic
 from ciuic_runtime.dashboard.serve import create_app
@@ -22,9 +23,6 @@ from ciuic_runtime.schedulers.chrome import write_recording
 from ciuic_runtime.server.config import ServerConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "server"))
-
-LATE, DELAY = "layers.2.attention", 0.2  # a page that every pass needs, s
-EVIL = '<img src=x onerror="window.hit = 1">'
 
 
 @pytest.fixture(scope="session")
@@ -66,9 +64,6 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(run_file: Path) -> Source:
     return open_file(run_file)
-
-
-Client = Callable[..., AbstractContextManager[TestClient]]
 
 
 @pytest.fixture

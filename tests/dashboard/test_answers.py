@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DELAY, LATE, Client
+from late_run import DELAY, LATE, Client
 
 from ciuic_runtime.dashboard.growing import Growing
 from ciuic_runtime.dashboard.memory import memory_answer

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import EVIL, LATE, Client
 from generated import made
+from late_run import EVIL, LATE, Client
 
 from ciuic_runtime.dashboard import save as module
 from ciuic_runtime.dashboard.answers import answer

@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 from chromium import CHROMIUM
+from late_run import EVIL
 
 from ciuic_runtime.devices.units import format_bytes
 from ciuic_runtime.model import Model
@@ -29,7 +30,6 @@ pytestmark = [
 ]
 MACHINE = Path(__file__).parents[2] / "examples" / "two_gpus.toml"
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
-EVIL = '<img src=x onerror="window.hit = 1">'
 VIEWS = {  # a view, and what is there once it has drawn
     "whatif": ".whatif-top .figure", "placement": ".place-grid td", "memory": ".figure", "why": ".candidates",
 }  # fmt: skip

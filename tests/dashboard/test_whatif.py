@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Client
+from late_run import Client
 
 from ciuic_runtime.dashboard.source import Source, open_file
 
