@@ -34,6 +34,7 @@ from rounds import Measured, Report, Sample, against, common_arguments, note, ta
 import ciuic_runtime as ciuic
 from ciuic_runtime.calibrate import calibrate
 from ciuic_runtime.cluster import runner
+from ciuic_runtime.cluster.parcels import Call, drawn_to_bytes, draws_to_bytes
 from ciuic_runtime.cluster.stage_worker import StageWorker
 from ciuic_runtime.curves import load_calibration
 from ciuic_runtime.devices.ray_nodes import NODE_ID
@@ -84,11 +85,11 @@ class Stopwatch:
 class Spinner:
     """Ray's own null call: takes what a stage takes, computes nothing for as long, gives as much."""
 
-    def run(self, chunks: Any, phase: str, hidden: bytes | None, draws: Any, seconds: float, nbytes: int) -> Any:
+    def run(self, call: bytes, hidden: bytes | None, draws: bytes | None, seconds: float, answer: bytes) -> bytes:
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             pass
-        return bytes(nbytes) if draws is None else [Drawn(1) for _ in draws]
+        return answer
 
     def pid(self) -> int:
         return os.getpid()
@@ -176,13 +177,14 @@ class Pipeline:
         chunks = [Chunk((1,), PROMPT + 8, (i,), prompt=False) for i in range(batch)]
         params = ciuic.SamplingParams(max_tokens=self.new, temperature=0.0, ignore_eos=True)
         draws = [Draw(i, 1, params, 0, PROMPT + 9, wanted=True) for i in range(batch)]
-        nbytes = batch * self.llm.model.spec.hidden_size * 4
+        call, wanted = Call(tuple(chunks), "decode", 0).to_bytes(), draws_to_bytes(draws)
+        answers = [bytes(batch * self.llm.model.spec.hidden_size * 4), drawn_to_bytes([Drawn(1)] * batch)]
         spin, ends = self.stages[batch], list[float]()
         for _ in range(self.new):
             hidden = None
             for i, actor in enumerate(self.spinners):
-                wanted = draws if i == STAGES - 1 else None
-                hidden = actor.run.remote(chunks, "decode", hidden, wanted, spin[i], nbytes)
+                last = wanted if i == STAGES - 1 else None
+                hidden = actor.run.remote(call, hidden, last, spin[i], answers[i])
             ray.get(hidden)
             ends.append(time.perf_counter())
         took = statistics.median(b - a for a, b in pairwise(ends))

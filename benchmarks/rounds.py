@@ -1,8 +1,8 @@
 """How every benchmark measures on a machine that others use too: rivals take turns, each measurement stands between two
 looks at the machine's limits, medians of the rounds that count are reported, and how many did not count.
 
-A round is void when the machine was not ours: a core taken away, memory slower than it was in the better rounds, time
-stolen by the host, other processes at work. Knows nothing of models."""
+A round is void when the machine was not ours: a core taken away or memory slower than in the better rounds, time stolen
+by the host, other processes at work. Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from limits import Limits, mean, measure
 from machine import machine_line
 from process import Meter
 
-LEAST_CORES = 0.85  # of the threads: below, somebody else was running
-LEAST_BANDWIDTH = 0.80  # of the upper quartile of this run's looks
+# Of the upper quartile of this run's looks:
+LEAST_CORES = 0.85
+LEAST_BANDWIDTH = 0.80
+LEAST_GIVEN = 0.70  # of the threads: so many cores in any case; rivals that live throughout take some all the time
 MOST_STOLEN = 0.02  # of the processors' time, by the host
 MOST_OTHERS = 0.05  # of the processors' time, by other processes of this system
 
@@ -48,10 +50,10 @@ class Turn:
     def limits(self) -> Limits:
         return mean([self.before, self.after])
 
-    def why_void(self, usual_bandwidth: float) -> str:
+    def why_void(self, usual_cores: float, usual_bandwidth: float) -> str:
         worst = min((self.before, self.after), key=lambda x: x.cores_given)
-        if worst.cores_given < LEAST_CORES * worst.threads:
-            return f"{worst.cores_given:.2f} of {worst.threads} cores"
+        if worst.cores_given < max(LEAST_CORES * usual_cores, LEAST_GIVEN * worst.threads):
+            return f"{worst.cores_given:.2f} of {worst.threads} cores, mostly {usual_cores:.2f}"
         slowest = min(self.before.read_bandwidth, self.after.read_bandwidth)
         if slowest < LEAST_BANDWIDTH * usual_bandwidth:
             return f"memory {slowest / 1e9:.1f} of {usual_bandwidth / 1e9:.1f} GB/s"
@@ -100,8 +102,7 @@ def take_turns(
     tried: list[Round] = []
     while True:
         tried.append(_round(rivals, threads, pids, backwards=len(tried) % 2 == 1))
-        usual = _usual_bandwidth(tried)
-        reasons = [_why_void(r, usual) for r in tried]
+        reasons = _why_void(tried)
         valid = [r for r, why in zip(tried, reasons, strict=True) if not why]
         if len(valid) >= rounds or len(tried) >= patience * rounds:
             break
@@ -123,14 +124,19 @@ def _round(rivals: Mapping[str, Callable[[], Sample]], threads: int, pids: Seque
     return turns
 
 
-def _usual_bandwidth(tried: list[Round]) -> float:
-    looks = sorted(x.read_bandwidth for r in tried for t in r.values() for x in (t.before, t.after))
-    return looks[len(looks) * 3 // 4]
+def _why_void(tried: list[Round]) -> list[str]:
+    """Of each round; "" for one that counts."""
+    looks = [x for r in tried for t in r.values() for x in (t.before, t.after)]
+    usual = [sorted(of(x) for x in looks)[len(looks) * 3 // 4] for of in (_cores, _bandwidth)]
+    return [", ".join(f"{name}: {why}" for name, t in turns.items() if (why := t.why_void(*usual))) for turns in tried]
 
 
-def _why_void(turns: Round, usual_bandwidth: float) -> str:
-    reasons = [f"{name}: {why}" for name, turn in turns.items() if (why := turn.why_void(usual_bandwidth))]
-    return ", ".join(reasons)
+def _cores(look: Limits) -> float:
+    return look.cores_given
+
+
+def _bandwidth(look: Limits) -> float:
+    return look.read_bandwidth
 
 
 def note(text: str) -> None:

@@ -20,7 +20,7 @@ Answer = Callable[[Any], Any]  # of a call, or what is wrong
 class Calls:
     """To a process of one node. As facts of a device, under these names."""
 
-    call_s: float  # of one by itself, from process to process
+    call_s: float  # of one by itself, there or back
     call_handling_s: float  # of these, what keeps the process that is called from computing
     call_cpu_s: float  # of a core where the call comes from, for one and its answer
 
@@ -58,8 +58,8 @@ def measure_calls(answer: Answer, spinner: Any) -> Calls:
 
 
 def measure_hop(answer: Answer, one: Any, other: Any, around: float) -> float:
-    """Seconds from a Spinner to another one; `around`: of the hops from here to the first and from the second to
-    here."""
+    """Seconds from a Spinner to another one, by way of this process, which makes both calls; `around`: of the ways from
+    here to the first and from the second to here."""
     data, found = bytes(SMALL), []
     for _ in range(CALLS):
         begin = time.perf_counter()

@@ -15,8 +15,8 @@ from ciuic_runtime.schedulers.memory import node_of
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.stages import Stage, stages_of
 
-# Of a call from process to process on one machine, when both have been computing for milliseconds in between, s:
-CALL_SECONDS = 0.9e-3
+# From the driver to a process of its machine or back, when that has been computing for milliseconds in between, s:
+CALL_SECONDS = 0.7e-3
 HANDLING_SECONDS = 0.5e-3  # of these, what keeps the process that is called from computing
 CALLER_SECONDS = 0.5e-3  # of a core, where it comes from
 CALL_BANDWIDTH = 1e9  # bytes/s, of what it brings along
@@ -79,7 +79,7 @@ def stage_threads(stage: Stage, on_node: int, asked: int | None) -> int:
 
 
 def call_seconds(device: DeviceSpec) -> float:
-    """Of a call by itself from a process of its node, or of the driver, to another one there."""
+    """From the driver to a process there or back, of a call by itself."""
     return float(device.facts.get("call_s", CALL_SECONDS))
 
 
@@ -89,13 +89,14 @@ def handling_seconds(device: DeviceSpec) -> float:
 
 
 def _call(schedule: Schedule, src: str, dst: str, names: dict[str, str]) -> Link:
-    """What brings a stage's values to the next one, but for what that needs to take them."""
+    """What brings a stage's values to the next one, but for what that needs to take them. What is small goes by way of
+    the driver, who made both calls."""
     called = schedule.topology.device(names[dst])
     if node_of(names[src]) == node_of(names[dst]):
-        known = Link(src, dst, CALL_BANDWIDTH, call_seconds(called), "estimated")
+        known = Link(src, dst, CALL_BANDWIDTH, 2 * call_seconds(called), "estimated")
     else:
         known = schedule.topology.link(names[src], names[dst])
-    on_its_way = max(call_seconds(called), known.latency) - handling_seconds(called)
+    on_its_way = max(2 * call_seconds(called), known.latency) - handling_seconds(called)
     return replace(known, src=src, dst=dst, latency=on_its_way, domains=())
 
 

@@ -16,6 +16,7 @@ import torch
 
 from ciuic_runtime.cluster.gathering import Gathered, StageRecord
 from ciuic_runtime.cluster.head import ClusterLost, Head
+from ciuic_runtime.cluster.parcels import Call, drawn_from_bytes, draws_to_bytes
 from ciuic_runtime.cluster.seats import NoRoom, Seats
 from ciuic_runtime.cluster.stage_worker import StagePlan, StageWorker
 from ciuic_runtime.devices.errors import CiuicError
@@ -208,7 +209,8 @@ class RayRunner:
     def end(self) -> tuple[Pass, list[Drawn]]:
         one, result = self._receive()
         assert one.todo is not None, "this pass had no requests"
-        drawn = result if one.draws is None else draw_all(one.draws, _logits(result, one.todo.chunks))
+        left = one.draws
+        drawn = drawn_from_bytes(result) if left is None else draw_all(left, _logits(result, one.todo.chunks))
         self.gathered.ended(one.number, one.step, one.begun)
         return one.todo, drawn
 
@@ -232,10 +234,10 @@ class RayRunner:
         if not self._actors:
             raise CiuicError("the stages of this model have ended; open it again")
         refs: list[Any] = []
-        hidden = None
+        hidden, call = None, Call(tuple(chunks), phase, self._sent).to_bytes()
         for actor in self._actors:
-            drawn = list(draws) if actor is self._actors[-1] and not here else None
-            hidden = actor.run.remote(list(chunks), phase, hidden, drawn, self._sent)
+            wanted = draws_to_bytes(draws) if actor is self._actors[-1] and not here else None
+            hidden = actor.run.remote(call, hidden, wanted)
             refs.append(hidden)
         spans = [(c.position, len(c.token_ids)) for c in chunks]
         step = Step.of(phase, spans, sum(bool(c.sample) for c in chunks))

@@ -6,21 +6,19 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from ciuic_runtime.cluster.gathering import StageRecord, wall_offset
+from ciuic_runtime.cluster.parcels import Call, drawn_to_bytes, draws_from_bytes
 from ciuic_runtime.engine.config import RuntimeConfig
-from ciuic_runtime.engine.draw import Draw, Drawn, draw_all
+from ciuic_runtime.engine.draw import Drawn, draw_all
 from ciuic_runtime.engine.host import LocalHost
 from ciuic_runtime.model import Model
-from ciuic_runtime.models.batch import Chunk, make_batch
+from ciuic_runtime.models.batch import make_batch
 from ciuic_runtime.models.checkpoint import open_checkpoint
 from ciuic_runtime.ops.native import REFERENCE, instruction_set
-from ciuic_runtime.schedulers.graph import Phase
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.stages import part_of
 
@@ -69,25 +67,24 @@ class StageWorker:
         self._number = -1  # of the last pass
         self._hidden, self._dtype = model.spec.hidden_size, self._host.executor.handed_on
 
-    def run(
-        self, chunks: Sequence[Chunk], phase: Phase, hidden: bytes | None, draws: Sequence[Draw] | None, number: int
-    ) -> Any:
-        """One pass, under the number by which it was sent: bytes of the residual stream [tokens, hidden], in the dtype
-        that the local executor holds it in, or of the last stage's logits; or, given `draws`, the tokens that are
-        drawn."""
-        assert number > self._number, "passes are carried out in the order in which they were sent"
-        batch, executor = make_batch(chunks), self._host.executor
-        self._host.recorder.number_of_pass = self._number = number
+    def run(self, call: bytes, hidden: bytes | None, draws: bytes | None) -> bytes:
+        """One pass, a Call: bytes of the residual stream [tokens, hidden], in the dtype that the local executor holds
+        it in, or of the last stage's logits; or, given `draws`, what is drawn."""
+        told = Call.from_bytes(call)
+        assert told.number > self._number, "passes are carried out in the order in which they were sent"
+        batch, executor = make_batch(told.chunks), self._host.executor
+        self._host.recorder.number_of_pass = self._number = told.number
         received = None
         if hidden is not None:
             flat = torch.frombuffer(bytearray(hidden), dtype=torch.uint8).view(self._dtype)
             received = flat.view(batch.num_tokens, self._hidden)
         if draws is None:
-            handed = executor.step(batch, phase, received=received)
-            return handed.contiguous().view(torch.uint8).numpy().tobytes()
-        drawn: list[Drawn] = []
-        executor.step(batch, phase, lambda logits: drawn.extend(draw_all(draws, logits)), received)
-        return drawn
+            handed = executor.step(batch, told.phase, received=received)
+            data: bytes = handed.contiguous().view(torch.uint8).numpy().tobytes()
+            return data
+        wanted, drawn = draws_from_bytes(draws), list[Drawn]()
+        executor.step(batch, told.phase, lambda logits: drawn.extend(draw_all(wanted, logits)), received)
+        return drawn_to_bytes(drawn)
 
     def pid(self) -> int:
         return os.getpid()

