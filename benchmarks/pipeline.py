@@ -149,7 +149,7 @@ class Pipeline:
         trace, ends = self.llm.trace, self.watch.ends
         steps = [b - a for a, b in pairwise(ends)]
         spans: dict[tuple[int, int], tuple[float, float]] = {}
-        for e in (e for e in trace.events if e.kind == "compute"):
+        for e in (e for e in trace.events if e.kind in ("compute", "sample")):
             key = (e.step, self.stage_of[e.task])
             first, last = spans.get(key, (e.start, e.end))
             spans[key] = (min(first, e.start), max(last, e.end))

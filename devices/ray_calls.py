@@ -12,7 +12,8 @@ from typing import Any
 
 BUSY = 3e-3  # s that a process computes for each call
 SMALL = 8 << 10  # bytes: a token's residual stream
-CALLS, AT_ONCE, ROUNDS = 15, 8, 5  # of which medians count
+WARM, CALLS, AT_ONCE, ROUNDS = 25, 25, 8, 5  # the first calls take longer; medians of the others count
+HOPS = 7  # for each of many pairs
 Answer = Callable[[Any], Any]  # of a call, or what is wrong
 
 
@@ -22,7 +23,7 @@ class Calls:
 
     call_s: float  # of one by itself, there or back
     call_handling_s: float  # of these, what keeps the process that is called from computing
-    call_cpu_s: float  # of a core where the call comes from, for one and its answer
+    call_cpu_s: float  # of a core, by both processes, for one and its answer; what is computed is not counted
 
 
 class Spinner:
@@ -34,19 +35,23 @@ class Spinner:
             pass
         return data
 
+    def cpu_seconds(self) -> float:
+        """Of this process so far."""
+        return time.process_time()
+
 
 def measure_calls(answer: Answer, spinner: Any) -> Calls:
     """From this process to a Spinner and back."""
     data = bytes(SMALL)
-    for _ in range(3):
+    for _ in range(WARM):
         answer(spinner.spin.remote(data, BUSY))
     alone, at_once = [], []
-    cpu = time.process_time()
+    cpu = time.process_time() + answer(spinner.cpu_seconds.remote())
     for _ in range(CALLS):
         begin = time.perf_counter()
         answer(spinner.spin.remote(data, BUSY))
         alone.append(time.perf_counter() - begin - BUSY)
-    cpu = time.process_time() - cpu
+    cpu = time.process_time() + answer(spinner.cpu_seconds.remote()) - cpu - CALLS * BUSY
     there_and_back = max(0.0, statistics.median(alone))
     for _ in range(ROUNDS):
         begin = time.perf_counter()
@@ -54,14 +59,14 @@ def measure_calls(answer: Answer, spinner: Any) -> Calls:
             answer(call)
         at_once.append((time.perf_counter() - begin - there_and_back - BUSY) / (AT_ONCE - 1) - BUSY)
     handling = min(max(0.0, statistics.median(at_once)), there_and_back / 2)
-    return Calls(there_and_back / 2, handling, cpu / CALLS)
+    return Calls(there_and_back / 2, handling, max(handling, cpu / CALLS))
 
 
 def measure_hop(answer: Answer, one: Any, other: Any, around: float) -> float:
     """Seconds from a Spinner to another one, by way of this process, which makes both calls; `around`: of the ways from
     here to the first and from the second to here."""
     data, found = bytes(SMALL), []
-    for _ in range(CALLS):
+    for _ in range(HOPS):
         begin = time.perf_counter()
         answer(other.spin.remote(one.spin.remote(data, BUSY), BUSY))
         found.append(time.perf_counter() - begin - 2 * BUSY - around)

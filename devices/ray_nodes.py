@@ -97,7 +97,8 @@ def _looked_at(
             found = _answer(ray, name, probes[name].topology.remote(measure, None if path is None else str(path)))
             machine = _machine(node) if node else node_id
             calls = asdict(measure_calls(partial(_answer, ray, name), probes[name]))
-            calls["call_cpu_s"] *= machine == here  # elsewhere it takes nothing from anybody
+            if machine != here:  # what the driver does for them takes nothing from stages there
+                calls["call_cpu_s"] = calls["call_handling_s"]
             parts[name] = _named(name, {NODE_ID: node_id, MACHINE: machine, **calls}, topology_from_dict(found, name))
         links: list[Link] = []
         for a, b in combinations(probes, 2):

@@ -18,7 +18,7 @@ from ciuic_runtime.schedulers.stages import Stage, stages_of
 # From the driver to a process of its machine or back, when that has been computing for milliseconds in between, s:
 CALL_SECONDS = 0.7e-3
 HANDLING_SECONDS = 0.5e-3  # of these, what keeps the process that is called from computing
-CALLER_SECONDS = 0.5e-3  # of a core, where it comes from
+CPU_SECONDS = 1.2e-3  # of a core, by both
 CALL_BANDWIDTH = 1e9  # bytes/s, of what it brings along
 
 
@@ -101,17 +101,18 @@ def _call(schedule: Schedule, src: str, dst: str, names: dict[str, str]) -> Link
 
 
 def _crowded(every: list[Stage], shared: Counter[str], asked: int | None, at_once: int) -> list[float]:
-    """Seconds that each stage loses in a pass where it is not alone with its cores: the driver's work for the calls of
-    all stages is done by the cores of its machine, and stages that work at once may use all of these."""
-    threads, cores, caller = Counter[str](), dict[str, int](), dict[str, float]()
+    """Seconds that each stage loses in a pass where it is not alone with its cores: all that the driver and the stages
+    do for calls is done by the cores of their machine, and stages that work at once may use all of these."""
+    threads, cores, calls = Counter[str](), dict[str, int](), dict[str, float]()
     for stage in every:
         device = _computes(stage)
         machine = _machine(device, stage)
         threads[machine] += stage_threads(stage, shared[stage.node], asked)
         cores[machine] = max(cores.get(machine, 0), device.cores)
-        caller[machine] = float(device.facts.get("call_cpu_s", 0.0 if stage.node else CALLER_SECONDS))
+        cpu = float(device.facts.get("call_cpu_s", 0.0 if stage.node else CPU_SECONDS))
+        calls[machine] = max(0.0, cpu - handling_seconds(device))  # that is known to be its own process's
     full = {m for m in threads if at_once > 1 and 0 < cores[m] <= threads[m]}
-    lost = {m: caller[m] * len(every) / threads[m] for m in full}
+    lost = {m: calls[m] * len(every) / threads[m] for m in full}
     return [lost.get(_machine(_computes(stage), stage), 0.0) for stage in every]
 
 
