@@ -102,6 +102,7 @@ def said(process: subprocess.Popen[str], code: int = 0) -> Any:
     return json.loads(printed)
 
 
+@pytest.mark.slow
 @native
 def test_replan_has_a_node_used_that_joined(cluster: Any, tiny_int4: Path, here: Topology, tmp_path: Path) -> None:
     with ciuic.LLM(tiny_int4, devices=here, **SETTINGS) as llm:

@@ -244,6 +244,7 @@ def open_on(cluster: Any, topology: Topology, model: Path, **settings: Any) -> c
     )
 
 
+@pytest.mark.slow
 def test_a_lost_node_and_one_that_loses_too_much_are_done_without(
     cluster: Any, tiny_int4: Path, here: Topology, expected: list[Any]
 ) -> None:
@@ -272,6 +273,7 @@ def test_a_lost_node_and_one_that_loses_too_much_are_done_without(
     check_ended(pids)
 
 
+@pytest.mark.slow
 def test_what_cannot_go_on_is_one_error(
     cluster: Any, tiny_int4: Path, here: Topology, expected: list[Any], tmp_path: Path
 ) -> None:
@@ -384,6 +386,7 @@ class Alternating:
         return False
 
 
+@pytest.mark.slow
 def test_a_stage_killed_under_load_fails_no_submission(
     ray: Any, tiny_int4: Path, here: Topology, expected: list[Any]
 ) -> None:
