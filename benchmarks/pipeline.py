@@ -34,9 +34,10 @@ from rounds import Measured, Report, Sample, against, common_arguments, note, ta
 import ciuic_runtime as ciuic
 from ciuic_runtime.calibrate import calibrate
 from ciuic_runtime.cluster import runner
-from ciuic_runtime.cluster.parcels import Call, drawn_to_bytes, draws_to_bytes
+from ciuic_runtime.cluster.parcels import Call, pack
 from ciuic_runtime.cluster.stage_worker import StageWorker
 from ciuic_runtime.curves import load_calibration
+from ciuic_runtime.devices.ray_calls import Spinner
 from ciuic_runtime.devices.ray_nodes import NODE_ID
 from ciuic_runtime.devices.ray_session import import_ray
 from ciuic_runtime.engine.batching import Pass
@@ -82,14 +83,11 @@ class Stopwatch:
         self.runner.abandon()
 
 
-class Spinner:
+class NullStage(Spinner):
     """Ray's own null call: takes what a stage takes, computes nothing for as long, gives as much."""
 
     def run(self, call: bytes, hidden: bytes | None, draws: bytes | None, seconds: float, answer: bytes) -> bytes:
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            pass
-        return answer
+        return self.spin(answer, seconds)
 
     def pid(self) -> int:
         return os.getpid()
@@ -177,8 +175,8 @@ class Pipeline:
         chunks = [Chunk((1,), PROMPT + 8, (i,), prompt=False) for i in range(batch)]
         params = ciuic.SamplingParams(max_tokens=self.new, temperature=0.0, ignore_eos=True)
         draws = [Draw(i, 1, params, 0, PROMPT + 9, wanted=True) for i in range(batch)]
-        call, wanted = Call(tuple(chunks), "decode", 0).to_bytes(), draws_to_bytes(draws)
-        answers = [bytes(batch * self.llm.model.spec.hidden_size * 4), drawn_to_bytes([Drawn(1)] * batch)]
+        call, wanted = pack(Call(tuple(chunks), "decode", 0)), pack(draws)
+        answers = [bytes(batch * self.llm.model.spec.hidden_size * 4), pack([Drawn(1)] * batch)]
         spin, ends = self.stages[batch], list[float]()
         for _ in range(self.new):
             hidden = None
@@ -237,7 +235,7 @@ class Cluster:
 
         node_id = self.hardware.topology.device(f"node{node}/cpu").facts[NODE_ID]
         where = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        return self.ray.remote(Spinner).options(num_cpus=0, scheduling_strategy=where).remote()
+        return self.ray.remote(NullStage).options(num_cpus=0, scheduling_strategy=where).remote()
 
     def processes(self) -> list[int]:
         """That are ours while the benchmark runs, beside its own."""

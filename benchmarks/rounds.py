@@ -127,16 +127,9 @@ def _round(rivals: Mapping[str, Callable[[], Sample]], threads: int, pids: Seque
 def _why_void(tried: list[Round]) -> list[str]:
     """Of each round; "" for one that counts."""
     looks = [x for r in tried for t in r.values() for x in (t.before, t.after)]
-    usual = [sorted(of(x) for x in looks)[len(looks) * 3 // 4] for of in (_cores, _bandwidth)]
+    each = ([x.cores_given for x in looks], [x.read_bandwidth for x in looks])
+    usual = [sorted(found)[len(found) * 3 // 4] for found in each]
     return [", ".join(f"{name}: {why}" for name, t in turns.items() if (why := t.why_void(*usual))) for turns in tried]
-
-
-def _cores(look: Limits) -> float:
-    return look.cores_given
-
-
-def _bandwidth(look: Limits) -> float:
-    return look.read_bandwidth
 
 
 def note(text: str) -> None:

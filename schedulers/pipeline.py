@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
+from ciuic_runtime.devices.ray_nodes import MACHINE
 from ciuic_runtime.devices.spec import DeviceSpec, Link
 from ciuic_runtime.devices.threads import with_threads
 from ciuic_runtime.schedulers.graph import TaskGraph
@@ -123,7 +124,7 @@ def _computes(stage: Stage) -> DeviceSpec:
 
 
 def _machine(device: DeviceSpec, stage: Stage) -> str:
-    return str(device.facts.get("machine", stage.node))
+    return str(device.facts.get(MACHINE, stage.node))
 
 
 def _on(node: str, device: str) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from ciuic_runtime.cluster.gathering import Gathered, StageRecord
 from ciuic_runtime.cluster.head import ClusterLost, Head
-from ciuic_runtime.cluster.parcels import Call, drawn_from_bytes, draws_to_bytes
+from ciuic_runtime.cluster.parcels import Call, pack, unpack
 from ciuic_runtime.cluster.seats import NoRoom, Seats
 from ciuic_runtime.cluster.stage_worker import StagePlan, StageWorker
 from ciuic_runtime.devices.errors import CiuicError
@@ -210,7 +210,7 @@ class RayRunner:
         one, result = self._receive()
         assert one.todo is not None, "this pass had no requests"
         left = one.draws
-        drawn = drawn_from_bytes(result) if left is None else draw_all(left, _logits(result, one.todo.chunks))
+        drawn = unpack(result) if left is None else draw_all(left, _logits(result, one.todo.chunks))
         self.gathered.ended(one.number, one.step, one.begun)
         return one.todo, drawn
 
@@ -234,9 +234,9 @@ class RayRunner:
         if not self._actors:
             raise CiuicError("the stages of this model have ended; open it again")
         refs: list[Any] = []
-        hidden, call = None, Call(tuple(chunks), phase, self._sent).to_bytes()
+        hidden, call = None, pack(Call(tuple(chunks), phase, self._sent))
         for actor in self._actors:
-            wanted = draws_to_bytes(draws) if actor is self._actors[-1] and not here else None
+            wanted = pack(list(draws)) if actor is self._actors[-1] and not here else None
             hidden = actor.run.remote(call, hidden, wanted)
             refs.append(hidden)
         spans = [(c.position, len(c.token_ids)) for c in chunks]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ciuic_runtime.cluster.gathering import StageRecord, wall_offset
-from ciuic_runtime.cluster.parcels import Call, drawn_to_bytes, draws_from_bytes
+from ciuic_runtime.cluster.parcels import Call, pack, unpack
 from ciuic_runtime.engine.config import RuntimeConfig
 from ciuic_runtime.engine.draw import Drawn, draw_all
 from ciuic_runtime.engine.host import LocalHost
@@ -68,9 +68,9 @@ class StageWorker:
         self._hidden, self._dtype = model.spec.hidden_size, self._host.executor.handed_on
 
     def run(self, call: bytes, hidden: bytes | None, draws: bytes | None) -> bytes:
-        """One pass, a Call: bytes of the residual stream [tokens, hidden], in the dtype that the local executor holds
-        it in, or of the last stage's logits; or, given `draws`, what is drawn."""
-        told = Call.from_bytes(call)
+        """One pass, a packed Call: bytes of the residual stream [tokens, hidden], in the dtype that the local executor
+        holds it in, or of the last stage's logits; or, given `draws`, packed, what is drawn, packed."""
+        told: Call = unpack(call)
         assert told.number > self._number, "passes are carried out in the order in which they were sent"
         batch, executor = make_batch(told.chunks), self._host.executor
         self._host.recorder.number_of_pass = self._number = told.number
@@ -82,9 +82,9 @@ class StageWorker:
             handed = executor.step(batch, told.phase, received=received)
             data: bytes = handed.contiguous().view(torch.uint8).numpy().tobytes()
             return data
-        wanted, drawn = draws_from_bytes(draws), list[Drawn]()
+        wanted, drawn = unpack(draws), list[Drawn]()
         executor.step(batch, told.phase, lambda logits: drawn.extend(draw_all(wanted, logits)), received)
-        return drawn_to_bytes(drawn)
+        return pack(drawn)
 
     def pid(self) -> int:
         return os.getpid()

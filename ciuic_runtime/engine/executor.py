@@ -345,12 +345,10 @@ class _Run:
 
     def _routed(self, i: _Instruction, ids: torch.Tensor) -> None:
         """A router has chosen: ids [tokens, k]."""
+        chosen = i.uses.add(ids) if i.uses is not None else different(ids.cpu())
         if i.routes is not None:
-            i.routes.ask(ids)
-        if i.uses is not None:
-            self.x.touched.append(i.uses.add(ids))
-        else:
-            self.x.touched.append(len(different(ids.cpu())))
+            i.routes.ask(ids, chosen)
+        self.x.touched.append(len(chosen))
         if self.x.on_routing is not None:
             assert i.task.layer is not None
             self.x.on_routing(i.task.layer, ids)

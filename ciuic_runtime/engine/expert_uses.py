@@ -17,17 +17,18 @@ class ExpertUses:
         self._by_few = [0] * self._num_experts  # of passes of a few tokens
         self._by_many = np.zeros(self._num_experts, np.int64)
 
-    def add(self, ids: torch.Tensor) -> int:
-        """A pass has chosen, ids [tokens, k] on the host, each row without repetition: how many different ones."""
+    def add(self, ids: torch.Tensor) -> list[int]:
+        """A pass has chosen, ids [tokens, k] on the host, each row without repetition; gives what `different` does."""
         if len(ids) > FEW:
             counts = np.bincount(ids.numpy().ravel(), minlength=self._num_experts)
             self._by_many += counts
-            return int(np.count_nonzero(counts))
+            many: list[int] = np.flatnonzero(counts).tolist()
+            return many
         uses, rows = self._by_few, ids.tolist()
         for row in rows:
             for expert in row:
                 uses[expert] += 1
-        return len(_union(rows))
+        return _union(rows)
 
     def counts(self) -> list[int]:
         """By expert."""
@@ -39,10 +40,9 @@ def different(ids: torch.Tensor) -> list[int]:
     if len(ids) > FEW:
         many: list[int] = np.unique(ids.numpy()).tolist()
         return many
-    chosen = _union(ids.tolist())
-    return chosen if isinstance(chosen, list) else sorted(chosen)
+    return _union(ids.tolist())
 
 
-def _union(rows: list[list[int]]) -> list[int] | set[int]:
+def _union(rows: list[list[int]]) -> list[int]:
     """Those of each row are different."""
-    return rows[0] if len(rows) == 1 else set().union(*rows)
+    return rows[0] if len(rows) == 1 else sorted(set().union(*rows))

@@ -3,12 +3,11 @@ Knows the hierarchy and the forward pass's functions; when what is read ahead, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ciuic_runtime.engine.expert_uses import different
 from ciuic_runtime.memory.hierarchy import MemoryHierarchy, Request
 from ciuic_runtime.models.layout import PageLayout
 from ciuic_runtime.models.native_forward import ReadRows, SlotExpertsFunction, TaskFunction
@@ -88,11 +87,6 @@ class PagedExperts:
         self._request: Request | None = None
         self._guess: dict[int, list[list[int]]] = {}  # layers ahead -> experts by row, most wanted first, in this pass
 
-    def numbers(self, ids: torch.Tensor) -> list[int]:
-        """The pages of the experts in ids [tokens, k], each once."""
-        pages = self.pages
-        return [pages[e] for e in different(ids)]
-
     def guessed(self, ids: torch.Tensor, ahead: int) -> tuple[list[int], list[int]]:
         """Pages of a guess made so many layers ahead, ids [tokens, k], most wanted first: those of ranks at which
         guesses are mostly right, and the rest, which are not worth a read that something else could have."""
@@ -114,12 +108,12 @@ class PagedExperts:
                     right[rank] += ((e in row) - right[rank]) * LEARN
         self._guess.clear()
 
-    def ask(self, ids: torch.Tensor) -> None:
-        """The router has chosen: what is not there begins to be read. Where there is little room, only when it is
-        computed: what is held now would be in the way of other pages."""
+    def ask(self, ids: torch.Tensor, chosen: Sequence[int]) -> None:
+        """The router has chosen, ids [tokens, k], these experts: what is not there begins to be read. Where there is
+        little room, only when it is computed: what is held now would be in the way of other pages."""
         if self._guess:
             self._learn(ids)
-        self._chosen, memory = self.numbers(ids), self._memory
+        self._chosen, memory = [self.pages[e] for e in chosen], self._memory
         roomy = memory.minimum + 2 * self._nbytes * len(self._chosen) <= memory.budget - memory.pinned_nbytes
         self._request = memory.ask(self._chosen) if roomy else None
 

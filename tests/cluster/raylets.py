@@ -18,6 +18,19 @@ HEALTH = {
 }  # fmt: skip
 NODE = {"num_cpus": 2, "object_store_memory": 100 << 20}
 NODES = 3
+ON_TWO_NODES = """
+[[put]]
+pattern = "*"
+on = "node1/cpu"
+
+[[put]]
+pattern = "embedding"
+on = "node0/cpu"
+
+[[put]]
+pattern = "layers.0"
+on = "node0/cpu"
+"""
 
 
 def put_back(cluster: Any, nodes: int = NODES) -> None:

@@ -207,19 +207,16 @@ def test_a_run_has_the_passes_of_its_forecast(cluster: Any, tiny_int4: Path, her
 MEASURED = {"call_s": 4e-3, "call_handling_s": 1e-3, "call_cpu_s": 0.0}
 
 
-def traced(one: Setup) -> Any:
-    return one.forecast_trace(one.schedule)
-
-
-def nodes_with(facts: dict[str, Any], **changes: Any) -> Topology:
-    return replace(TWO_NODES, devices=tuple(cpu(name, facts=facts, **changes) for name in NODES))
+def nodes_with(*facts: dict[str, Any]) -> Topology:
+    return replace(TWO_NODES, devices=tuple(cpu(name, facts=own) for name, own in zip(NODES, facts, strict=True)))
 
 
 def test_calls_take_what_was_measured_on_their_nodes(tiny_int4: Path) -> None:
     work = Workload(20, 30, 1)
     assumed, measured = (
-        traced(setup(tiny_int4, topology, 1, placement=HALVES, workload=work))
-        for topology in (TWO_NODES, nodes_with(MEASURED))
+        one.forecast_trace(one.schedule)
+        for topology in (TWO_NODES, nodes_with(MEASURED, MEASURED))
+        for one in (setup(tiny_int4, topology, 1, placement=HALVES, workload=work),)
     )
     compute = sum(e.seconds for e in measured.events if e.step == 9 and e.kind == "compute")
     step = measured.steps[9]
@@ -234,8 +231,7 @@ def test_the_drivers_work_takes_from_stages_that_use_all_cores(
     """`lost`: of the seconds for one call beyond those that are its stage's own, what each stage loses in a pass."""
     driver = 8e-3
     facts = [{**MEASURED, "call_cpu_s": 1e-3 + driver, "machine": str(i % machines)} for i in range(2)]
-    devices = tuple(cpu(name, facts=own) for name, own in zip(NODES, facts, strict=True))
-    one = setup(tiny_int4, replace(TWO_NODES, devices=devices), placement=HALVES)
+    one = setup(tiny_int4, nodes_with(*facts), placement=HALVES)
     pipeline = pipeline_of(one.schedule, one.model.graph, 2, 2, threads).schedule.topology
     assert [handling_seconds(d) for d in pipeline.devices] == pytest.approx([1e-3 + lost * driver] * 2)
     alone = pipeline_of(one.schedule, one.model.graph, 2, 1, threads).schedule.topology

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from raylets import HEALTH, NODE, family, free_ports, remove_semaphores, running, wait_until
+from raylets import HEALTH, NODE, ON_TWO_NODES, family, free_ports, remove_semaphores, running, wait_until
 
 from ciuic_runtime.cluster.head import RAY_WAITS
 from ciuic_runtime.cluster.submit import JOB, RESULT
@@ -63,18 +63,6 @@ prompts = "prompts.txt"
 output = "out.jsonl"
 max_tokens = 30
 ignore_eos = true
-
-[[put]]
-pattern = "*"
-on = "node1/cpu"
-
-[[put]]
-pattern = "embedding"
-on = "node0/cpu"
-
-[[put]]
-pattern = "layers.0"
-on = "node0/cpu"
 """
 
 
@@ -143,7 +131,7 @@ def test_a_job_fails_with_what_happened_and_keeps_its_results(mortal: Any, tiny_
     prompts = 5000
     (tmp_path / "model").symlink_to(tiny_int4)
     (tmp_path / "prompts.txt").write_text("A\n" * prompts)
-    job = {"file": str(tmp_path / "job.toml"), "text": GENERATE}
+    job = {"file": str(tmp_path / "job.toml"), "text": GENERATE + ON_TWO_NODES}
     log = tmp_path / "log"
     with open(log, "wb") as file:
         driver = subprocess.Popen(

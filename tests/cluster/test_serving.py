@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from raylets import put_back, wait_until
+from raylets import ON_TWO_NODES, put_back, wait_until
 
 from ciuic_runtime.cluster import host, run_job
 from ciuic_runtime.cluster.job import read_job
@@ -32,18 +32,6 @@ restarts = 1
 
 [serve]
 port = 0
-
-[[put]]
-pattern = "*"
-on = "node1/cpu"
-
-[[put]]
-pattern = "embedding"
-on = "node0/cpu"
-
-[[put]]
-pattern = "layers.0"
-on = "node0/cpu"
 """
 ASKED = {"prompt": "A", "max_tokens": 5, "temperature": 0, "ignore_eos": True}
 
@@ -54,7 +42,7 @@ def test_a_server_whose_model_cannot_go_on_ends_and_is_begun_again(
 ) -> None:
     put_back(cluster, 2)
     (tmp_path / "model").symlink_to(tiny_int4)
-    (tmp_path / "job.toml").write_text(JOB)
+    (tmp_path / "job.toml").write_text(JOB + ON_TWO_NODES)
     opened: list[LLM] = []
     urls: list[str] = []
 
