@@ -18,10 +18,11 @@ import secrets
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported, by whomever
@@ -47,7 +48,7 @@ from ciuic_runtime.models.config import KNOWN_FOLDER
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import Step
 from ciuic_runtime.schedulers.pipeline import call_seconds, handling_seconds, pipeline_of
-from ciuic_runtime.schedulers.simulate import simulate_stages
+from ciuic_runtime.schedulers.simulate import besides_computing, simulate_stages
 from ciuic_runtime.schedulers.stages import stages_of
 
 STAGES, HOPS = 2, 3
@@ -266,7 +267,8 @@ def busy_when_sleeping(cluster: Cluster) -> float:
 
 
 def busy_in_simulation(one: Pipeline) -> float:
-    """Of the model as it is, with its costs as forecast."""
+    """The same of the model as it is, with its costs as forecast: what a process does for a pass besides computing (it
+    takes calls, lays batches out, goes from task to task) is work as well."""
     schedule, model = one.llm.schedule, one.llm.model
     assert schedule.workload.batch == max(BATCHES), schedule.workload
     pipeline = pipeline_of(schedule, model.graph, STAGES, IN_FLIGHT, 1).schedule
@@ -274,17 +276,19 @@ def busy_in_simulation(one: Pipeline) -> float:
     cost = CostModel(pipeline.topology, model.format, known, schedule.workload)
     passes = [Step.decode(PROMPT + 1, max(BATCHES) // IN_FLIGHT)] * (16 * IN_FLIGHT)
     trace = simulate_stages(pipeline, model.graph, cost, IN_FLIGHT, passes)
-    return _busier([e for e in trace.events if e.kind == "compute"])
+    return _busier([e for e in trace.events if e.kind == "compute"], besides_computing(pipeline, model.graph, cost))
 
 
-def _busier(events: Sequence[Any]) -> float:
+def _busier(events: Sequence[Any], besides: Mapping[str, float] = MappingProxyType({})) -> float:
+    """`besides`: by lane, s of every pass that are work too, and in no event."""
     last = max(e.step for e in events)
     begin = min(e.start for e in events if e.step == IN_FLIGHT)
     end = min(e.start for e in events if e.step == last - IN_FLIGHT)
     inside = {lane: 0.0 for lane in sorted({e.lane for e in events})}
     for e in events:
         inside[e.lane] += max(0.0, min(e.end, end) - max(e.start, begin))
-    return max(inside.values()) / (end - begin)
+    passes = last - 2 * IN_FLIGHT
+    return max(seconds + passes * besides.get(lane, 0.0) for lane, seconds in inside.items()) / (end - begin)
 
 
 def packed_model(folder: Path, quick: bool) -> Path:

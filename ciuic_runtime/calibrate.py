@@ -28,7 +28,17 @@ from ciuic_runtime.models.graph import build_graph
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.models.synthetic import SyntheticCheckpoint
 from ciuic_runtime.ops.native import REFERENCE
-from ciuic_runtime.schedulers.calibration import PASS, SAMPLE, Calibration, Curve, Point, operator_of, size_of
+from ciuic_runtime.schedulers.calibration import (
+    AROUND,
+    BETWEEN,
+    ENDS,
+    SAMPLE,
+    Calibration,
+    Curve,
+    Point,
+    operator_of,
+    size_of,
+)
 from ciuic_runtime.schedulers.cost import CostModel, parts
 from ciuic_runtime.schedulers.graph import PHASES, Phase, Step, Task, TaskGraph
 
@@ -69,10 +79,10 @@ class Pass:
 
 @dataclass
 class _Timed:
-    """What the repetitions of one pass took: seconds per task of each operator, and what lay between the tasks."""
+    """What the repetitions of one pass took: seconds per task of each operator, and of what is no task's."""
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # kind of task -> s per task
-    between: list[float] = field(default_factory=list)  # s per task
+    own: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # BETWEEN (per task), ENDS, AROUND
     touched: list[float] = field(default_factory=list)  # distinct experts per layer
 
     def median(self, kind: str) -> float:
@@ -154,8 +164,8 @@ def _timed_passes(llm: LLM, passes: Sequence[Pass], seed: int, say: Progress) ->
         say(f"round {number + 1} of {ROUNDS} at most")
         for one in passes:
             for _ in range(1 if one.tokens > CHUNK else 2):  # the first brings caches and buffers into shape
-                llm.run_pass(_chunks(llm, one, generator), one.phase)
-            _note(timed[one], llm)
+                seconds = llm.run_pass(_chunks(llm, one, generator), one.phase)
+            _note(timed[one], llm, seconds)
     return timed
 
 
@@ -171,15 +181,19 @@ def _chunks(llm: LLM, one: Pass, generator: torch.Generator) -> list[Chunk]:
     return chunks
 
 
-def _note(timed: _Timed, llm: LLM) -> None:
+def _note(timed: _Timed, llm: LLM, whole: float) -> None:
+    """What was recorded of a pass that took so many seconds."""
     trace = llm.trace
     tasks: Counter[str] = Counter(task.kind for task in llm.model.graph)
     for kind, seconds in trace.seconds_by_kind(trace.steps[-1].phase).items():
         if kind in tasks:
             timed.seconds[kind].append(seconds / tasks[kind])
     step = trace.steps[-1]
-    between = step.end - step.start - sum(e.seconds for e in trace.events)
-    timed.between.append(max(0.0, between) / len(llm.model.graph.tasks))
+    first, last = min(e.start for e in trace.events), max(e.end for e in trace.events)
+    between = last - first - sum(e.seconds for e in trace.events)
+    timed.own[BETWEEN].append(max(0.0, between) / len(llm.model.graph.tasks))
+    timed.own[ENDS].append(first - step.start + step.end - last)
+    timed.own[AROUND].append(whole - (step.end - step.start))
     assert step.step is not None
     timed.touched.append(step.step.touched or 0.0)
 
@@ -220,8 +234,8 @@ class _Fit:
                 scores = self._scores(task, passes)
                 yield from filter(None, (scores,))
                 yield from self._curve(task, [p for p in passes if self._is_short(p)], scores)
-        between = statistics.median(next(t for p, t in self.timed.items() if p.phase == "decode").between)
-        yield self._of(PASS, 0.0, between, ())
+        for what, seconds in next(t for p, t in self.timed.items() if p.phase == "decode").own.items():
+            yield self._of(what, 0.0, statistics.median(seconds), ())
         logits = self.graph.tasks[-1].output_bytes_per_token
         points = tuple(Point(n, 0.0, logits * n / (s * self.bandwidth)) for n, s in sorted(self.sampled.items()))
         yield self._of(SAMPLE, logits, 0.0, points)
@@ -313,7 +327,7 @@ def curves_of(model: Model, topology: Topology, calibration: Calibration) -> lis
     """Those curves that forecasts of the model go by."""
     found: dict[int, Curve] = {}
     logits = model.graph.tasks[-1].output_bytes_per_token
-    wanted = {(PASS, 0.0), (SAMPLE, logits)}
+    wanted = {(BETWEEN, 0.0), (ENDS, 0.0), (AROUND, 0.0), (SAMPLE, logits)}
     for task in model.graph:
         for phase in PHASES:
             wanted.add((operator_of(task, phase), size_of(task)))

@@ -12,7 +12,7 @@ from typing import Any
 
 BUSY = 3e-3  # s that a process computes for each call
 SMALL = 8 << 10  # bytes: a token's residual stream
-WARM, CALLS, AT_ONCE, ROUNDS = 25, 25, 8, 5  # the first calls take longer; medians of the others count
+WARM, CALLS, AT_ONCE, ROUNDS = 25, 6, 8, 8  # the first calls take longer; of the others the middle ones count
 HOPS = 7  # for each of many pairs
 Answer = Callable[[Any], Any]  # of a call, or what is wrong
 
@@ -45,21 +45,22 @@ def measure_calls(answer: Answer, spinner: Any) -> Calls:
     data = bytes(SMALL)
     for _ in range(WARM):
         answer(spinner.spin.remote(data, BUSY))
-    alone, at_once = [], []
-    cpu = time.process_time() + answer(spinner.cpu_seconds.remote())
-    for _ in range(CALLS):
-        begin = time.perf_counter()
-        answer(spinner.spin.remote(data, BUSY))
-        alone.append(time.perf_counter() - begin - BUSY)
-    cpu = time.process_time() + answer(spinner.cpu_seconds.remote()) - cpu - CALLS * BUSY
-    there_and_back = max(0.0, statistics.median(alone))
+    alone, at_once, cpu = [], [], 0.0
     for _ in range(ROUNDS):
+        cpu -= time.process_time() + answer(spinner.cpu_seconds.remote())
+        for _ in range(CALLS):
+            begin = time.perf_counter()
+            answer(spinner.spin.remote(data, BUSY))
+            alone.append(time.perf_counter() - begin - BUSY)
+        cpu += time.process_time() + answer(spinner.cpu_seconds.remote()) - CALLS * BUSY
         begin = time.perf_counter()
         for call in [spinner.spin.remote(data, BUSY) for _ in range(AT_ONCE)]:
             answer(call)
-        at_once.append((time.perf_counter() - begin - there_and_back - BUSY) / (AT_ONCE - 1) - BUSY)
-    handling = min(max(0.0, statistics.median(at_once)), there_and_back / 2)
-    return Calls(there_and_back / 2, handling, max(handling, cpu / CALLS))
+        at_once.append(time.perf_counter() - begin - BUSY)
+    there_and_back = max(0.0, statistics.median(alone))
+    each = statistics.median((seconds - there_and_back) / (AT_ONCE - 1) for seconds in at_once) - BUSY
+    handling = min(max(0.0, each), there_and_back / 2)
+    return Calls(there_and_back / 2, handling, max(handling, cpu / (ROUNDS * CALLS)))
 
 
 def measure_hop(answer: Answer, one: Any, other: Any, around: float) -> float:

@@ -27,11 +27,11 @@ def decode_bound(graph: TaskGraph, topology: Topology, cost: CostModel, at_once:
 
 
 def _anywhere(graph: TaskGraph, devices: Sequence[DeviceSpec], cost: CostModel) -> float:
-    """Seconds of a step for what is no page's: rows of experts put together, tokens sampled, time between tasks."""
+    """Seconds of a step for what is no page's: rows of experts put together, tokens sampled, time besides tasks."""
     step = cost.workload.mean_decode
     combined = (min(cost.combine(task, d, step).seconds for d in devices) for task in graph if task.num_experts)
-    between = min(cost.sampling(d, step, graph) + cost.between_tasks(d, graph) for d in devices)
-    return sum(combined) + between
+    besides = min(cost.sampling(d, step, graph) + cost.besides_tasks(d, len(graph.tasks)) for d in devices)
+    return sum(combined) + besides
 
 
 def _every_way(graph: TaskGraph, topology: Topology, cost: CostModel, at_once: bool) -> Tiers:

@@ -30,7 +30,9 @@ ESTIMATED_PACKED_COMPUTE_UTILISATION = 0.094
 ESTIMATED_LAUNCH_OVERHEAD = {"CPU": 5e-6, "GPU": 20e-6}  # s
 ESTIMATED_ERROR = 1.4  # relative: nine of ten published rates lie within it
 
-PASS, SAMPLE = "pass", "sample"  # what a pass costs per task besides the tasks, and choosing tokens at its end
+# Of a process's pass, besides the tasks: between two of them; before the first and after the last; and until it begins
+# and when it has ended. Then choosing tokens.
+BETWEEN, ENDS, AROUND, SAMPLE = "pass.between", "pass.ends", "pass.around", "sample"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Curve:
     device: str
     threads: int
     format: str
-    operator: str  # kind of task; "attention.decode", "scores.prefill"; PASS, SAMPLE
+    operator: str  # kind of task; "attention.decode", "scores.prefill"; BETWEEN and so on
     size: float  # bytes of its page (of one expert); of scores, flops per pair
     overhead: float  # s per call
     points: tuple[Point, ...] = ()  # by rows

@@ -10,13 +10,15 @@ from typing import Literal
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.schedulers.calibration import (
+    AROUND,
     ASSUMED_COMPUTE_UTILISATION,
     ASSUMED_LAUNCH_OVERHEAD,
     ASSUMED_MEMORY_UTILISATION,
+    BETWEEN,
+    ENDS,
     ESTIMATED_LAUNCH_OVERHEAD,
     ESTIMATED_MEMORY_UTILISATION,
     ESTIMATED_PACKED_COMPUTE_UTILISATION,
-    PASS,
     SAMPLE,
     Calibration,
     Curve,
@@ -105,10 +107,19 @@ class CostModel:
             curve, device, Part(SAMPLE, logits, step.sampled, 0.0, logits * step.sampled, 0.0)
         ).seconds
 
-    def between_tasks(self, device: DeviceSpec, graph: TaskGraph) -> float:
-        """Seconds of a pass that lie between its tasks; 0 where that was not measured."""
-        curve = self._curve(device, PASS, 0.0)
-        return curve.overhead * len(graph.tasks) if curve else 0.0
+    def besides_tasks(self, device: DeviceSpec, tasks: int) -> float:
+        """Seconds of a process's pass of so many tasks that lie between them, before and after; 0 where that was not
+        measured."""
+        return self._own(device, BETWEEN) * tasks + self._own(device, ENDS)
+
+    def around_pass(self, device: DeviceSpec) -> float:
+        """Seconds from when a process is given a pass until it begins, and from its end until its values can be handed
+        on; 0 where that was not measured."""
+        return self._own(device, AROUND)
+
+    def _own(self, device: DeviceSpec, what: str) -> float:
+        curve = self._curve(device, what, 0.0)
+        return curve.overhead if curve else 0.0
 
     def outside(self, task: Task, device: DeviceSpec, step: Step) -> str:
         """What of a task lies outside of what was measured, "" if nothing: the nearest measured share is used there."""

@@ -127,7 +127,8 @@ class Run:
         self, schedule: Schedule, graph: TaskGraph, cost: CostModel, pools: Mapping[str, float] | None = None,
         handling: Mapping[str, float] | None = None, program: Program | None = None,
     ) -> None:  # fmt: skip
-        """`handling`: s, of the process that computes on a device for each call that brings it a pass."""
+        """`handling`: s, of each process that carries out a part of a pass, when it is called; by device. Where it is
+        given, time besides the tasks is in it."""
         self.schedule, self.graph, self.cost, self.handling = schedule, graph, cost, handling or {}
         self.engine = Engine({d.name: d.bandwidth for d in cost.topology.domains}, pools)
         self.program = program or program_of(schedule, graph)
@@ -178,9 +179,8 @@ class Run:
             if seconds is None:
                 seconds = costs[op.number] = self._seconds(op, step, beside, whole)
             jobs.compute(op, seconds)
-        last = jobs.end(
-            self.cost.sampling(self.sampler, whole, self.graph), self.cost.between_tasks(self.sampler, self.graph)
-        )
+        besides = 0.0 if self.handling else self.cost.besides_tasks(self.sampler, len(self.graph.tasks))
+        last = jobs.end(self.cost.sampling(self.sampler, whole, self.graph), besides)
         self.passes.append((whole, tuple(jobs.rows), last))
         return last
 
@@ -268,12 +268,13 @@ class _Pass:
             self._ends.append(self._ends[-1] + seconds if self._ends else seconds)
         self.routed = op.task.kind == "router"
 
-    def end(self, sampling: float, between: float) -> int:
-        """The number of the last job. Streams go on with the first pages of the next pass. What passes between tasks
-        (`between`) is added up here: it belongs to the pass, and to no task."""
+    def end(self, sampling: float, besides: float) -> int:
+        """The number of the last job. Streams go on with the first pages of the next pass. Time `besides` the tasks is
+        added up here: it belongs to the pass, and to no task."""
         self._flush()
         if sampling > 0:
-            job = self.run.engine.add(Job("sample", self.chain, HOST, sampling))
+            lane = self.run.sampler.name if self.run.handling else HOST  # of a stage's process, or the only one
+            job = self.run.engine.add(Job("sample", self.chain, lane, sampling))
             self._then(_Row(job, HOST, HOST, "sample", ("sample",)))
         for stream in self.run.streams.values():
             for slot in range(len(stream.ahead), len(stream.slots)):
@@ -281,8 +282,8 @@ class _Pass:
                     waits = (*stream.loaded, *stream.slots[slot])
                     stream.ahead.append(self._load(op, op.sources[0], op.sources[0].nbytes, waits))
                     stream.loaded = (stream.ahead[-1],)
-        if between > 0:
-            self.chain = (self.run.engine.add(Job("between tasks", self.chain, HOST, between)),)
+        if besides > 0:
+            self.chain = (self.run.engine.add(Job("besides tasks", self.chain, HOST, besides)),)
         return self.chain[0]
 
     def _paged(self, op: Op, seconds: float, disk: _Disk) -> None:

@@ -3,7 +3,7 @@ Knows the order of passes; how a pass becomes jobs is in `passes.py`, and no pol
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -11,6 +11,7 @@ from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.events import Job
 from ciuic_runtime.schedulers.graph import Phase, Step, TaskGraph
+from ciuic_runtime.schedulers.memory import node_of
 from ciuic_runtime.schedulers.passes import Run
 from ciuic_runtime.schedulers.pipeline import call_seconds, handling_seconds
 from ciuic_runtime.schedulers.program import Program
@@ -59,11 +60,9 @@ def simulate_stages(schedule: Schedule, graph: TaskGraph, cost: CostModel, depth
     """The trace that the processes of a cluster are forecast to leave, with at most `depth` passes on their way at
     once: one begins when it has a place and its sequences are free, and the driver has heard of it. A sequence that is
     sampled is in no other pass until that one has ended; chunks of a prompt follow one another at once."""
-    devices = {name: schedule.topology.device(name) for name in schedule.devices_used()}
-    handling = {name: handling_seconds(device) for name, device in devices.items()}
-    run = Run(schedule, graph, cost, handling=handling)
-    first, last = run.program[0].device, run.program[-1].device
-    around = call_seconds(devices[first]) + call_seconds(devices[last]) - handling[first]
+    run = Run(schedule, graph, cost, handling=besides_computing(schedule, graph, cost))
+    first, last = (schedule.topology.device(op.device) for op in (run.program[0], run.program[-1]))
+    around = call_seconds(first) + call_seconds(last) - handling_seconds(first)
     way: deque[tuple[int, int]] = deque()  # passes: their last job, and the sequences that are sampled
     before: tuple[int, ...] = ()  # the last one that had ended when the next one began
     batch = schedule.workload.batch
@@ -78,6 +77,16 @@ def simulate_stages(schedule: Schedule, graph: TaskGraph, cost: CostModel, depth
         way.append((run.add(step, (called,)), step.sampled))
     run.all_steps()
     return run.trace()
+
+
+def besides_computing(schedule: Schedule, graph: TaskGraph, cost: CostModel) -> dict[str, float]:
+    """By device: seconds that a stage's process is at work for a pass and does not compute."""
+    tasks = Counter(node_of(schedule.device_of(task.name)) for task in graph)
+    devices = {name: schedule.topology.device(name) for name in schedule.devices_used()}
+    return {
+        name: handling_seconds(device) + cost.around_pass(device) + cost.besides_tasks(device, tasks[node_of(name)])
+        for name, device in devices.items()
+    }
 
 
 def micro_steps(step: Step, count: int) -> list[Step]:

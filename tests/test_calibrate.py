@@ -20,7 +20,16 @@ from ciuic_runtime.devices.measure import fingerprint
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.models.config import load_spec, read_config
 from ciuic_runtime.models.graph import build_graph
-from ciuic_runtime.schedulers.calibration import Calibration, Curve, Point, operator_of
+from ciuic_runtime.schedulers.calibration import (
+    AROUND,
+    BETWEEN,
+    ENDS,
+    SAMPLE,
+    Calibration,
+    Curve,
+    Point,
+    operator_of,
+)
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import Step
 
@@ -62,7 +71,8 @@ def test_a_fit_gives_the_measured_times_back(format: str) -> None:
     timed: dict[Pass, _Timed] = {}
     kinds = {task.kind: task for task in reversed(graph.tasks)}
     for one in passes:
-        timed[one] = _Timed(between=[1e-5] * 3, touched=[kinds["experts"].expected_experts(one.tokens)] * 3)
+        timed[one] = _Timed(touched=[kinds["experts"].expected_experts(one.tokens)] * 3)
+        timed[one].own.update({BETWEEN: [1e-5] * 3, ENDS: [2e-4] * 3, AROUND: [3e-4] * 3})
         for kind, task in kinds.items():
             timed[one].seconds[kind] += [truth.task(task, CPU, one.step).seconds] * 3
     curves = tuple(_Fit(graph, CPU, timed, {1: 1e-4, 4: 3e-4}).curves())
@@ -73,7 +83,8 @@ def test_a_fit_gives_the_measured_times_back(format: str) -> None:
                 continue  # a pass has as many sampled rows as sequences; measured by decodes
             expected, found = truth.task(task, CPU, one.step).seconds, fitted.task(task, CPU, one.step).seconds
             assert found == pytest.approx(expected, rel=0.08), (task.name, one)
-    assert fitted.between_tasks(CPU, graph) == pytest.approx(1e-5 * len(graph.tasks))
+    assert fitted.besides_tasks(CPU, 40) == pytest.approx(2e-4 + 40 * 1e-5)
+    assert fitted.around_pass(CPU) == pytest.approx(3e-4)
     assert fitted.sampling(CPU, Step.decode(9), graph) == pytest.approx(1e-4)
     assert fitted.sampling(CPU, Step.decode(9, batch=4), graph) == pytest.approx(3e-4)
 
@@ -178,7 +189,8 @@ def test_a_measured_model_is_calibrated_and_its_forecast_says_measured(
     assert result.code == 0, result.err
     curves = result.json["curves"]
     found = {curve["operator"] for curve in curves}
-    assert found >= {"attention.decode", "attention.prefill", "mlp", "experts", "head", "router", "pass", "sample"}
+    assert found >= {"attention.decode", "attention.prefill", "mlp", "experts", "head", "router"}
+    assert found >= {SAMPLE, BETWEEN, ENDS, AROUND}
     rows = {point["rows"] for curve in curves if curve["operator"] == "mlp" for point in curve["points"]}
     assert min(rows) == 1
     assert max(rows) >= max(BATCHES)

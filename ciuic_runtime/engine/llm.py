@@ -255,12 +255,15 @@ class LLM:
             pool.release(blocks)
         return torch.cat(parts)
 
-    def run_pass(self, chunks: Sequence[Chunk], phase: Phase) -> None:
-        """One pass as given, for measuring; the trace is of it alone afterwards, and no prefix is shared that was."""
+    def run_pass(self, chunks: Sequence[Chunk], phase: Phase) -> float:
+        """One pass as given, for measuring: seconds until its logits were there. The trace is of it alone afterwards,
+        and no prefix is shared that was."""
         self._check_idle()
         self._clear_trace()
         self.engine.batching.blocks.clear()
+        begin = time.perf_counter()
         self._host.logits(chunks, phase)
+        return time.perf_counter() - begin
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -21,7 +21,8 @@ from ciuic_runtime.engine.setup import Setup, set_up
 from ciuic_runtime.engine.text import NoText, TextStream
 from ciuic_runtime.models.checkpoint import open_checkpoint
 from ciuic_runtime.ops.native import kernels
-from ciuic_runtime.schedulers.calibration import Calibration, Curve
+from ciuic_runtime.schedulers.calibration import Calibration, Curve, Point
+from ciuic_runtime.schedulers.forecaster import Forecaster, Pipelining
 from ciuic_runtime.schedulers.graph import Step
 from ciuic_runtime.schedulers.pipeline import (
     CALL_SECONDS,
@@ -159,6 +160,25 @@ def test_what_is_known_of_a_device_is_known_of_its_stages(tiny_int4: Path) -> No
     assert found.compute_utilisation == {"stage0/cpu": 0.5, "stage1/cpu": 0.5}
     assert found.launch_overhead == {"stage0/cpu": 1e-3, "stage1/cpu": 1e-3}
     assert [c.device for c in found.curves] == ["stage0/cpu", "stage1/cpu"]
+
+
+def test_every_stage_has_a_pass_of_its_own_to_make(tiny_int4: Path) -> None:
+    """Between its tasks, at the ends and around its pass: by its process, so that another stage computes meanwhile."""
+    one = setup(tiny_int4, TWO_NODES, placement=HALVES, micro_batches=1)
+    alone = one.forecaster(one.schedule)
+    own = {"pass.between": 1e-3, "pass.ends": 3e-3, "pass.around": 2e-3, "sample": 4e-3}
+    curves = [Curve(node, 4, "int4", what, 0.0, s, (Point(1, 1, 1e9),)) for what, s in own.items() for node in NODES]
+    tasks = [sum(one.schedule.device_of(t.name) == node for t in alone.graph) for node in NODES]
+    stages = [tasks[0] * 1e-3 + 5e-3, tasks[1] * 1e-3 + 5e-3 + 4e-3]
+    steps = [Step.decode(9, 1)] * 40
+
+    def longer(way: Forecaster) -> float:
+        """Seconds a pass, with what is known of a pass's own."""
+        known, bare = (replace(way, calibration=Calibration(curves=tuple(c))).recost(steps) for c in (curves, []))
+        return (known.steps[-1].end - bare.steps[-1].end) / len(steps)
+
+    assert longer(alone) == pytest.approx(sum(stages), rel=1e-3)
+    assert 0.9 * min(stages) < longer(replace(alone, pipelining=Pipelining(micro_batches=4))) < 1.1 * max(stages)
 
 
 def test_what_is_left_is_forecast_anew(tiny_int4: Path) -> None:

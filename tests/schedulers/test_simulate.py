@@ -314,9 +314,11 @@ def test_time_of_a_pass_is_all_accounted_for(seed: int) -> None:
         assert sum(trace.seconds_by_kind(phase).values()) == close(trace.seconds(phase))
 
 
-def test_sampling_and_what_lies_between_tasks_end_every_step() -> None:
+def test_sampling_and_what_lies_besides_tasks_end_every_step() -> None:
     curves = (
-        Curve("cpu", 0, "bfloat16", "pass", 0.0, 1e-6),
+        Curve("cpu", 0, "bfloat16", "pass.between", 0.0, 1e-6),
+        Curve("cpu", 0, "bfloat16", "pass.ends", 0.0, 3e-6),
+        Curve("cpu", 0, "bfloat16", "pass.around", 0.0, 1.0),  # in no step of one process
         Curve("cpu", 0, "bfloat16", "sample", MODEL.tasks[-1].output_bytes_per_token, 2e-5, (Point(1.0, 0.0, 1e-3),)),
     )
     cost = CostModel(TWO, calibration=Calibration(curves=curves))
@@ -327,7 +329,7 @@ def test_sampling_and_what_lies_between_tasks_end_every_step() -> None:
             last = [e for e in trace.events if e.step == number][-1]
             assert (last.task, last.lane, last.kind) == ("sample", "host", "sample")
             assert info.step is not None
-            assert info.end - last.end == close(1e-6 * len(MODEL.tasks))  # between tasks
+            assert info.end - last.end == close(3e-6 + 1e-6 * len(MODEL.tasks))
             assert last.seconds == close(cost.sampling(TWO.device("cpu"), info.step, MODEL))
         assert "sample" in trace.seconds_by_kind("decode")
 
