@@ -1,4 +1,4 @@
-"""Every optional part taken away, one at a time: `run` still works, and the doctor says what was lost."""
+"""Every optional part taken away, one at a time and all at once: `run` still works, the doctor says what was lost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -45,13 +46,14 @@ def _tokens(done: subprocess.CompletedProcess[str]) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", ["all", *(pytest.param(part, marks=pytest.mark.slow) for part in PARTS)])
 def test_run_works_without(part: str, complete: list[int], tiny_v3: Path, here_toml: Path) -> None:
-    modules, checks = PARTS[part]
+    parts = PARTS.values() if part == "all" else [PARTS[part]]
+    modules, checks = (tuple(chain(*names)) for names in zip(*parts, strict=True))
     options = ("--prompt", "Hello", "--devices", here_toml, "--max-tokens", 6, "--json")
     done = without(modules, "run", tiny_v3, *options)
     assert len(_tokens(done)) == len(complete)
-    assert done.stderr.count("without native kernels") == (part == "compiler")  # said once, and only then
+    assert done.stderr.count("without native kernels") == (part in ("compiler", "all"))  # said once, and only then
     report = without(modules, "doctor", "--json")
     status = {c["name"]: c for c in json.loads(report.stdout)["checks"]}
     for name in checks:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import ciuic_runtime as ciuic
 from ciuic_runtime.cluster.gathering import Gathered, StageRecord
@@ -45,6 +46,7 @@ def lanes_of(recording: Recording) -> dict[str, list[tuple[int, int]]]:
     return lanes
 
 
+@pytest.mark.slow
 def test_two_stages_on_a_machine_have_the_lanes_of_the_forecast(
     ray: Any, tiny_int4: Path, here: Topology, tmp_path: Path
 ) -> None:

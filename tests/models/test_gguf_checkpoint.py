@@ -333,6 +333,7 @@ def test_smollm2_values_are_what_gguf_dequantises(smollm2: Path) -> None:
         np.testing.assert_array_equal(loaded, expected, err_msg=tensor.name)
 
 
+@pytest.mark.slow  # in test_smollm2_agrees_with_transformers their logits agree
 def test_smollm2_weights_are_those_that_transformers_loads(smollm2: Path, smollm2_transformers: Any) -> None:
     checkpoint = GgufCheckpoint(smollm2)
     reference = smollm2_transformers.state_dict()
