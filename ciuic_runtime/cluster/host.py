@@ -310,6 +310,9 @@ class ClusterHost:
     def ended(self) -> bool:
         return not self.runner.stages
 
+    def check(self) -> None:
+        self.runner.check()
+
     @property
     def notes(self) -> Sequence[str]:
         return self._notes

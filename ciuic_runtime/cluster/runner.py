@@ -282,7 +282,7 @@ class RayRunner:
         """Raises GetTimeoutError after so many (None: never), and ClusterLost."""
         left = math.inf if seconds is None else seconds
         while True:
-            self._check_head()
+            self.check()
             try:
                 return self.ray.get(ref, timeout=min(left, HEAD_SECONDS))
             except self.ray.exceptions.GetTimeoutError:
@@ -290,7 +290,8 @@ class RayRunner:
                 if left <= 0:
                     raise
 
-    def _check_head(self) -> None:
+    def check(self) -> None:
+        """Costs nothing. Raises ClusterLost, after which no stage is left."""
         try:
             self._head.check()
         except ClusterLost:

@@ -50,6 +50,9 @@ class Host(Protocol):
     def ended(self) -> bool:
         """Whether no pass can run any more, whatever is tried."""
 
+    def check(self) -> None:
+        """While no pass runs: raises CiuicError where none can any more."""
+
     @property
     def notes(self) -> Sequence[str]:
         """What befell the passes that were recorded."""
@@ -129,6 +132,9 @@ class LocalHost:
 
     def logits(self, chunks: Sequence[Chunk], phase: Phase) -> torch.Tensor:
         return self.executor.step(make_batch(chunks), phase).clone()
+
+    def check(self) -> None:
+        """It cannot be lost."""
 
     def gather(self, wait: bool = False) -> None:
         """It is all here."""

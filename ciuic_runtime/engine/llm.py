@@ -158,6 +158,10 @@ class LLM:
         """Whether no pass can run any more: a cluster's stages were lost, and nothing is left to go on with."""
         return self._host.ended
 
+    def check(self) -> None:
+        """While nothing runs: raises CiuicError where nothing can any more."""
+        self._host.check()
+
     @property
     def threads(self) -> int:
         return self._setup.threads

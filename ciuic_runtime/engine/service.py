@@ -29,6 +29,7 @@ log = logging.getLogger("ciuic")
 MOST_EVENTS = 1 << 20  # that are kept of what was recorded
 LOOKED_SECONDS = 5.0  # after somebody looked, another look is expected
 GATHER_SECONDS = 0.5  # between two times that what other processes recorded is asked for, while somebody looks
+CHECK_SECONDS = 5.0  # between two looks, while nothing is to do, whether the model is still there
 
 
 class QueueFull(CiuicError):
@@ -221,7 +222,8 @@ class EngineService:
             self.llm.use_in_this_thread()
             while not self._closing and self.failure is None:
                 if not self._engine.busy and not self._inbox:
-                    self._wake.wait(GATHER_SECONDS if self._is_looked_at() else None)
+                    self._wake.wait(GATHER_SECONDS if self._is_looked_at() else CHECK_SECONDS)
+                    self._check()
                 self._wake.clear()
                 self._take_in()
                 if self._engine.busy:
@@ -240,6 +242,13 @@ class EngineService:
             self._deliver([Update(s.request, finish_reason="interrupted") for s in self._known.values()])
             if self.failure is not None and self.on_failure is not None:
                 self.on_failure()
+
+    def _check(self) -> None:
+        """While there is nothing to do: whether anything could be done."""
+        try:
+            self.llm.check()
+        except CiuicError as error:
+            self.failure = error
 
     def _gather(self) -> None:
         now = time.monotonic()

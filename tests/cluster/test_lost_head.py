@@ -154,6 +154,29 @@ def test_a_job_fails_with_what_happened_and_keeps_its_results(mortal: Any, tiny_
     assert all(len(json.loads(line)["token_ids"]) == 30 for line in done)
 
 
+def test_a_server_that_nobody_asks_ends_with_what_happened(mortal: Any, tiny_int4: Path) -> None:
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "ciuic_runtime.cli", "serve", str(tiny_int4), "--port", "0", "--context", "64"),
+            *("--threads", "1", "--executor", "ray", "--address", mortal.address),
+        ],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert server.stderr is not None
+        said = list[str]()
+        while not (said and "ready at" in said[-1]) and server.poll() is None:
+            said.append(server.stderr.readline())
+        kill(mortal, "gcs_server")
+        said += server.communicate(timeout=WAITS + 60)[1].splitlines()
+    finally:
+        server.kill()
+    assert server.returncode == 1, said
+    assert any("does not answer; waiting for" in line for line in said), said
+    [ended] = [line for line in said if line.startswith("ciuic: the model has ended")]
+    assert HEAD_SAYS.format(mortal.address) in ended
+
+
 def lines(folder: Path) -> list[str]:
     """Of the output so far, whole ones."""
     out = folder / "out.jsonl"
