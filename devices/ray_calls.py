@@ -63,12 +63,20 @@ def measure_calls(answer: Answer, spinner: Any) -> Calls:
     return Calls(there_and_back / 2, handling, max(handling, cpu / (ROUNDS * CALLS)))
 
 
-def measure_hop(answer: Answer, one: Any, other: Any, around: float) -> float:
-    """Seconds from a Spinner to another one, by way of this process, which makes both calls; `around`: of the ways from
-    here to the first and from the second to here."""
-    data, found = bytes(SMALL), []
+def measure_hop(answer: Answer, one: Any, other: Any) -> float:
+    """Seconds from a Spinner to another one, by way of this process, which makes both calls: what two calls in a row
+    take beyond the way to the first one and back from the second, measured by turns. Not less than a way from here."""
+    data, hops, around = bytes(SMALL), [], []
+
+    def seconds(*spinners: Any) -> float:
+        """Beyond what they compute, one after the other."""
+        begin, value = time.perf_counter(), data
+        for spinner in spinners:
+            value = spinner.spin.remote(value, BUSY)
+        answer(value)
+        return time.perf_counter() - begin - len(spinners) * BUSY
+
     for _ in range(HOPS):
-        begin = time.perf_counter()
-        answer(other.spin.remote(one.spin.remote(data, BUSY), BUSY))
-        found.append(time.perf_counter() - begin - 2 * BUSY - around)
-    return max(0.0, statistics.median(found))
+        around.append((seconds(one) + seconds(other)) / 2)
+        hops.append(seconds(one, other) - around[-1])
+    return max(statistics.median(hops), statistics.median(around) / 2)

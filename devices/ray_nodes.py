@@ -152,8 +152,7 @@ def _named(node: str, facts: Mapping[str, str | float], part: Topology) -> Topol
 def _measured(ray: Any, parts: dict[str, Topology], a: str, b: str, one: Any, other: Any) -> list[Link]:
     """Between the CPUs of two nodes, either way: what other devices hand on goes through these. The latency is that of
     a call with a token's residual stream, from a process that computes to another one."""
-    around = sum(float(d.facts.get("call_s", 0.0)) for name in (a, b) for d in parts[name].devices[:1])
-    latency = measure_hop(partial(_answer, ray, b), one, other, around)
+    latency = measure_hop(partial(_answer, ray, b), one, other)
     fetches = [_answer(ray, b, other.fetch.remote(one.put.remote(LARGE))) for _ in range(3)]
     bandwidth = LARGE / max(1e-6, statistics.median(fetches))
     cpus = {name: [d.name for d in parts[name].devices if d.kind == "CPU"] for name in (a, b)}

@@ -489,6 +489,8 @@ def test_without_an_address_a_cluster_is_started_and_ctrl_c_ends_it_with_the_job
 @pytest.mark.slow
 def test_a_job_that_was_stopped_is_followed_asked_and_resumed(shell: Shell, tiny_int4: Path) -> None:
     put_back(shell.nodes, 2)
+    prompts = 40  # so many that they are not done before the job is stopped
+    (shell.folder / "p.txt").write_text("".join(f"prompt number {i}\n" for i in range(prompts)))
     sent = shell.call("launch", job(shell, 300), "--detach")["id"]
     follow = shell.begin("logs", sent, "--follow")
     shell.wait_for(" prompts, ", follow, "logs")
@@ -504,13 +506,13 @@ def test_a_job_that_was_stopped_is_followed_asked_and_resumed(shell: Shell, tiny
     assert "ciuic-result" not in shell.said("logs")
     output = shell.folder / "out.jsonl"
     before = output.read_text().splitlines()
-    assert 0 < len(before) < 12
+    assert 0 < len(before) < prompts
 
     (shell.folder / "job.toml").write_text((shell.folder / "job.toml").read_text().replace("[generate]", RESUME))
     done = shell.call("launch", shell.folder / "job.toml")["result"]
-    assert (done["finished"], done["kept"]) == (12, len(before))
+    assert (done["finished"], done["kept"]) == (prompts, len(before))
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [line["index"] for line in lines] == list(range(12))
+    assert [line["index"] for line in lines] == list(range(prompts))
     assert all(json.loads(line) in lines for line in before)
     with ciuic_runtime.LLM(tiny_int4, max_model_len=400, max_num_seqs=2, threads=1) as llm:
         params = ciuic_runtime.SamplingParams(max_tokens=300, ignore_eos=True)
