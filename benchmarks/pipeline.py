@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported, by whomever
@@ -263,7 +262,7 @@ def busy_when_sleeping(cluster: Cluster) -> float:
         runner.StageWorker = computing  # type: ignore[misc]
     one.stage_of["sleep"] = 0
     one.generate(max(BATCHES))
-    return _busier([e for e in one.llm.trace.events if e.kind == "compute"])
+    return _busier([e for e in one.llm.trace.events if e.kind == "compute"], {})
 
 
 def busy_in_simulation(one: Pipeline) -> float:
@@ -279,7 +278,7 @@ def busy_in_simulation(one: Pipeline) -> float:
     return _busier([e for e in trace.events if e.kind == "compute"], besides_computing(pipeline, model.graph, cost))
 
 
-def _busier(events: Sequence[Any], besides: Mapping[str, float] = MappingProxyType({})) -> float:
+def _busier(events: Sequence[Any], besides: Mapping[str, float]) -> float:
     """`besides`: by lane, s of every pass that are work too, and in no event."""
     last = max(e.step for e in events)
     begin = min(e.start for e in events if e.step == IN_FLIGHT)

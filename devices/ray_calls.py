@@ -44,14 +44,11 @@ def measure_calls(answer: Answer, spinner: Any) -> Calls:
     """From this process to a Spinner and back."""
     data = bytes(SMALL)
     for _ in range(WARM):
-        answer(spinner.spin.remote(data, BUSY))
+        _beyond(answer, spinner)
     alone, at_once, cpu = [], [], 0.0
     for _ in range(ROUNDS):
         cpu -= time.process_time() + answer(spinner.cpu_seconds.remote())
-        for _ in range(CALLS):
-            begin = time.perf_counter()
-            answer(spinner.spin.remote(data, BUSY))
-            alone.append(time.perf_counter() - begin - BUSY)
+        alone += [_beyond(answer, spinner) for _ in range(CALLS)]
         cpu += time.process_time() + answer(spinner.cpu_seconds.remote()) - CALLS * BUSY
         begin = time.perf_counter()
         for call in [spinner.spin.remote(data, BUSY) for _ in range(AT_ONCE)]:
@@ -66,17 +63,18 @@ def measure_calls(answer: Answer, spinner: Any) -> Calls:
 def measure_hop(answer: Answer, one: Any, other: Any) -> float:
     """Seconds from a Spinner to another one, by way of this process, which makes both calls: what two calls in a row
     take beyond the way to the first one and back from the second, measured by turns. Not less than a way from here."""
-    data, hops, around = bytes(SMALL), [], []
-
-    def seconds(*spinners: Any) -> float:
-        """Beyond what they compute, one after the other."""
-        begin, value = time.perf_counter(), data
-        for spinner in spinners:
-            value = spinner.spin.remote(value, BUSY)
-        answer(value)
-        return time.perf_counter() - begin - len(spinners) * BUSY
-
+    hops, around = [], []
     for _ in range(HOPS):
-        around.append((seconds(one) + seconds(other)) / 2)
-        hops.append(seconds(one, other) - around[-1])
+        around.append((_beyond(answer, one) + _beyond(answer, other)) / 2)
+        hops.append(_beyond(answer, one, other) - around[-1])
     return max(statistics.median(hops), statistics.median(around) / 2)
+
+
+def _beyond(answer: Answer, *spinners: Any) -> float:
+    """Seconds of calls of these in a row, beyond what they compute."""
+    value: Any = bytes(SMALL)
+    begin = time.perf_counter()
+    for spinner in spinners:
+        value = spinner.spin.remote(value, BUSY)
+    answer(value)
+    return time.perf_counter() - begin - len(spinners) * BUSY
