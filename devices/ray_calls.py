@@ -4,16 +4,19 @@ Knows Ray's calls; what is computed in pipelines of them is for schedulers."""
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-BUSY = 3e-3  # s that a process computes for each call
+BUSY = 8e-3  # s that a process computes for each call, as a stage of a model does: the longer, the longer calls take
 SMALL = 8 << 10  # bytes: a token's residual stream
-WARM, CALLS, AT_ONCE, ROUNDS = 25, 6, 8, 8  # the first calls take longer; of the others the middle ones count
+WARM, CALLS, AT_ONCE, ROUNDS = 25, 6, 6, 8  # the first calls take longer; of the others the middle ones count
 HOPS = 7  # for each of many pairs
+FULL_SECONDS = 0.4  # that all cores are kept at work
 Answer = Callable[[Any], Any]  # of a call, or what is wrong
 
 
@@ -38,6 +41,19 @@ class Spinner:
     def cpu_seconds(self) -> float:
         """Of this process so far."""
         return time.process_time()
+
+    def given(self, cores: int) -> float:
+        """The share of so many cores that one gets who wants them all: the rest is for Ray's services and the host."""
+        begin = time.perf_counter()
+
+        def work(_: int) -> float:
+            own = time.thread_time()
+            while time.perf_counter() - begin < FULL_SECONDS:
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 10_000)  # some milliseconds, without the interpreter's lock
+            return (time.thread_time() - own) / (time.perf_counter() - begin)
+
+        with ThreadPoolExecutor(cores) as pool:
+            return min(1.0, sum(pool.map(work, range(cores))) / cores)
 
 
 def measure_calls(answer: Answer, spinner: Any) -> Calls:

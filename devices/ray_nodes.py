@@ -21,6 +21,7 @@ from ciuic_runtime.devices.toml import topology_from_dict, topology_to_dict
 # Facts of a device:
 NODE_ID = "ray_node_id"  # on which of Ray's nodes it is
 MACHINE = "machine"  # whose several nodes may be
+GIVEN = "cores_given"  # share of all its cores that processes get who want all, beside those of the cluster itself
 LARGE = 16 << 20  # bytes, enough to see a link's bandwidth
 DISCOVERY_SECONDS = 120.0
 Progress = Callable[[str], None]
@@ -99,7 +100,10 @@ def _looked_at(
             calls = asdict(measure_calls(partial(_answer, ray, name), probes[name]))
             if machine != here:  # what the driver does for them takes nothing from stages there
                 calls["call_cpu_s"] = calls["call_handling_s"]
-            parts[name] = _named(name, {NODE_ID: node_id, MACHINE: machine, **calls}, topology_from_dict(found, name))
+            part = topology_from_dict(found, name)
+            if cores := max((d.cores for d in part.devices if d.kind == "CPU"), default=0):
+                calls[GIVEN] = _answer(ray, name, probes[name].given.remote(cores))
+            parts[name] = _named(name, {NODE_ID: node_id, MACHINE: machine, **calls}, part)
         links: list[Link] = []
         for a, b in combinations(probes, 2):
             if a in new or b in new:

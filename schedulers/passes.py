@@ -126,10 +126,12 @@ class Run:
     def __init__(
         self, schedule: Schedule, graph: TaskGraph, cost: CostModel, pools: Mapping[str, float] | None = None,
         handling: Mapping[str, float] | None = None, program: Program | None = None,
+        given: Mapping[str, float] | None = None,
     ) -> None:  # fmt: skip
-        """`handling`: s, of each process that carries out a part of a pass, when it is called; by device. Where it is
-        given, time besides the tasks is in it."""
+        """`handling`: s, of each process that carries out a part of a pass, when it is called; by device. With it, time
+        besides the tasks is in it. `given`: share of a device that its tasks get, by device; None: all of it."""
         self.schedule, self.graph, self.cost, self.handling = schedule, graph, cost, handling or {}
+        self.given = given or {}
         self.engine = Engine({d.name: d.bandwidth for d in cost.topology.domains}, pools)
         self.program = program or program_of(schedule, graph)
         self.devices = {d.name: d for d in schedule.topology.devices}
@@ -199,10 +201,12 @@ class Run:
     def _seconds(self, op: Op, step: Step, beside: Step | None, whole: Step) -> float:
         device = self.devices[op.device]
         if op.part == "combine":
-            return self.cost.combine(op.task, device, whole).seconds
-        if op.part == "experts":
-            return self.cost.experts(op.task, device, whole, op.experts).seconds
-        return self.cost.task(op.task, device, step, beside).seconds
+            cost = self.cost.combine(op.task, device, whole)
+        elif op.part == "experts":
+            cost = self.cost.experts(op.task, device, whole, op.experts)
+        else:
+            cost = self.cost.task(op.task, device, step, beside)
+        return cost.seconds / self.given.get(op.device, 1.0)
 
     def _record(self, step: Step, rows: Iterable[_Row], last: int, begin: float, alone: bool) -> None:
         """The events of a pass. Of one that was alone, time between two of its jobs is a wait for pages."""

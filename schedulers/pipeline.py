@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from ciuic_runtime.devices.ray_nodes import MACHINE
+from ciuic_runtime.devices.ray_nodes import GIVEN, MACHINE
 from ciuic_runtime.devices.spec import DeviceSpec, Link
 from ciuic_runtime.devices.threads import with_threads
 from ciuic_runtime.schedulers.graph import TaskGraph
@@ -58,9 +58,10 @@ def pipeline_of(
                 links.setdefault((link.src, link.dst), link)
     depth = micro_batches or len(every)
     crowded = _crowded(every, shared, threads, min(depth, schedule.workload.batch))
-    for stage, where, more in zip(every, node, crowded, strict=True):
+    for stage, where, (more, given) in zip(every, node, crowded, strict=True):
         for name in (_on(where, name) for name in stage.schedule.devices_used()):
-            facts = {**devices[name].facts, "call_handling_s": handling_seconds(devices[name]) + more}
+            handling = handling_seconds(devices[name]) + more
+            facts = {**devices[name].facts, "call_handling_s": handling, GIVEN: given}
             devices[name] = replace(devices[name], facts=facts)
     where_is = {row: where for stage, where in zip(every, node, strict=True) for row in stage.graph.rows}
     rows = tuple(
@@ -89,6 +90,11 @@ def handling_seconds(device: DeviceSpec) -> float:
     return float(device.facts.get("call_handling_s", HANDLING_SECONDS))
 
 
+def given_share(device: DeviceSpec) -> float:
+    """Of its cores, in a pipeline: less than 1 where processes want all that its machine has."""
+    return float(device.facts.get(GIVEN, 1.0))
+
+
 def _call(schedule: Schedule, src: str, dst: str, names: dict[str, str]) -> Link:
     """What brings a stage's values to the next one, but for what that needs to take them. What is small goes by way of
     the driver, who made both calls."""
@@ -101,9 +107,12 @@ def _call(schedule: Schedule, src: str, dst: str, names: dict[str, str]) -> Link
     return replace(known, src=src, dst=dst, latency=on_its_way, domains=())
 
 
-def _crowded(every: list[Stage], shared: Counter[str], asked: int | None, at_once: int) -> list[float]:
-    """Seconds that each stage loses in a pass where it is not alone with its cores: all that the driver and the stages
-    do for calls is done by the cores of their machine, and stages that work at once may use all of these."""
+def _crowded(
+    every: list[Stage], shared: Counter[str], asked: int | None, at_once: int
+) -> list[tuple[float, float]]:  # fmt: skip
+    """Seconds that each stage loses in a pass where it is not alone with its cores, and the share of these that it is
+    given: all that the driver and the stages do for calls is done by the cores of their machine, as is what the
+    cluster's own services do, and stages that work at once may use all of these."""
     threads, cores, calls = Counter[str](), dict[str, int](), dict[str, float]()
     for stage in every:
         device = _computes(stage)
@@ -114,7 +123,9 @@ def _crowded(every: list[Stage], shared: Counter[str], asked: int | None, at_onc
         calls[machine] = max(0.0, cpu - handling_seconds(device))  # that is known to be its own process's
     full = {m for m in threads if at_once > 1 and 0 < cores[m] <= threads[m]}
     lost = {m: calls[m] * len(every) / threads[m] for m in full}
-    return [lost.get(_machine(_computes(stage), stage), 0.0) for stage in every]
+    given = {machine: given_share(_computes(s)) for s in every if (machine := _machine(_computes(s), s)) in full}
+    machines = [_machine(_computes(stage), stage) for stage in every]
+    return [(lost.get(machine, 0.0), given.get(machine, 1.0)) for machine in machines]
 
 
 def _computes(stage: Stage) -> DeviceSpec:

@@ -19,7 +19,7 @@ from ciuic_runtime.schedulers.workload import Workload
 # Prompts of more passes than this are forecast from so many of them, evenly spaced: a pass's time is close to linear
 # in where it starts.
 PASSES = 32
-ROUNDS = 4  # of a pipeline's decodes; the last one is the rate
+ROUNDS, FILLING = 8, 2  # of a pipeline's decodes; while it fills, and in the last one, when it empties, none counts
 
 
 def predict(schedule: Schedule, graph: TaskGraph, cost: CostModel, depth: int | None = None) -> Prediction:
@@ -35,7 +35,7 @@ def predict(schedule: Schedule, graph: TaskGraph, cost: CostModel, depth: int | 
             simulate_stages(schedule, graph, cost, depth, steps)
             for steps in (_evenly(pipeline_prefill(graph, work, depth)), _rounds(work, depth))
         )
-        decode_rate = _last_round(decode, work.batch)
+        decode_rate = _when_full(decode, work.batch)
     prefill_rate = prefill.tokens_per_s("prefill")
     assert prefill_rate is not None, f"{schedule.policy}: {prefill.steps} take no time"
     assert decode_rate is not None, f"{schedule.policy}: {decode.steps} take no time"
@@ -67,10 +67,11 @@ def _rounds(work: Workload, depth: int) -> list[Step]:
     return [Step.decode(mean.positions / mean.sequences, size) for size in group_sizes(work.batch, depth)] * ROUNDS
 
 
-def _last_round(decode: Trace, batch: int) -> float:
+def _when_full(decode: Trace, batch: int) -> float:
     """Tokens/s."""
     passes = len(decode.steps) // ROUNDS
-    return batch / (decode.steps[-1].end - decode.steps[-1 - passes].end)
+    begin, end = decode.steps[FILLING * passes - 1].end, decode.steps[-1 - passes].end
+    return (ROUNDS - FILLING - 1) * batch / (end - begin)
 
 
 def _prefill_steps(graph: TaskGraph, work: Workload) -> list[Step]:

@@ -13,7 +13,7 @@ from ciuic_runtime.schedulers.events import Job
 from ciuic_runtime.schedulers.graph import Phase, Step, TaskGraph
 from ciuic_runtime.schedulers.memory import node_of
 from ciuic_runtime.schedulers.passes import Run
-from ciuic_runtime.schedulers.pipeline import call_seconds, handling_seconds
+from ciuic_runtime.schedulers.pipeline import call_seconds, given_share, handling_seconds
 from ciuic_runtime.schedulers.program import Program
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.steps import workload_steps
@@ -60,7 +60,8 @@ def simulate_stages(schedule: Schedule, graph: TaskGraph, cost: CostModel, depth
     """The trace that the processes of a cluster are forecast to leave, with at most `depth` passes on their way at
     once: one begins when it has a place and its sequences are free, and the driver has heard of it. A sequence that is
     sampled is in no other pass until that one has ended; chunks of a prompt follow one another at once."""
-    run = Run(schedule, graph, cost, handling=besides_computing(schedule, graph, cost))
+    given = {name: given_share(schedule.topology.device(name)) for name in schedule.devices_used()}
+    run = Run(schedule, graph, cost, handling=besides_computing(schedule, graph, cost), given=given)
     first, last = (schedule.topology.device(op.device) for op in (run.program[0], run.program[-1]))
     around = call_seconds(first) + call_seconds(last) - handling_seconds(first)
     way: deque[tuple[int, int]] = deque()  # passes: their last job, and the sequences that are sampled

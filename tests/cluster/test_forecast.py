@@ -28,6 +28,7 @@ from ciuic_runtime.schedulers.pipeline import (
     CALL_SECONDS,
     HANDLING_SECONDS,
     call_seconds,
+    given_share,
     handling_seconds,
     pipeline_of,
 )
@@ -250,12 +251,27 @@ def test_the_drivers_work_takes_from_stages_that_use_all_cores(
 ) -> None:
     """`lost`: of the seconds for one call beyond those that are its stage's own, what each stage loses in a pass."""
     driver = 8e-3
-    facts = [{**MEASURED, "call_cpu_s": 1e-3 + driver, "machine": str(i % machines)} for i in range(2)]
-    one = setup(tiny_int4, nodes_with(*facts), placement=HALVES)
+    more = {"call_cpu_s": 1e-3 + driver, "cores_given": 0.8}
+    one = setup(
+        tiny_int4, nodes_with(*({**MEASURED, **more, "machine": str(i % machines)} for i in range(2))), placement=HALVES
+    )
     pipeline = pipeline_of(one.schedule, one.model.graph, 2, 2, threads).schedule.topology
     assert [handling_seconds(d) for d in pipeline.devices] == pytest.approx([1e-3 + lost * driver] * 2)
+    assert [given_share(d) for d in pipeline.devices] == [0.8 if lost else 1.0] * 2
     alone = pipeline_of(one.schedule, one.model.graph, 2, 1, threads).schedule.topology
     assert [handling_seconds(d) for d in alone.devices] == [1e-3] * 2
+    assert [given_share(d) for d in alone.devices] == [1.0] * 2
+
+
+def test_stages_that_want_all_cores_compute_in_what_they_are_given(tiny_int4: Path) -> None:
+    free, taken = (
+        setup(tiny_int4, nodes_with(*({**MEASURED, "cores_given": share, "machine": "a"},) * 2), placement=HALVES)
+        for share in (1.0, 0.8)
+    )
+    [whole, less] = [
+        [e.seconds for e in one.forecast_trace(one.schedule).events if e.kind == "compute"] for one in (free, taken)
+    ]
+    assert less == pytest.approx([seconds / 0.8 for seconds in whole])
 
 
 def test_calls_of_a_cluster_are_measured(cluster: Any) -> None:
@@ -264,5 +280,6 @@ def test_calls_of_a_cluster_are_measured(cluster: Any) -> None:
         assert 0 < call_seconds(device) < 1
         assert 0 <= handling_seconds(device) <= call_seconds(device)
         assert float(device.facts["call_cpu_s"]) > 0, "the driver is on the same machine"
+        assert 0.2 < float(device.facts["cores_given"]) <= 1
     assert len({device.facts["machine"] for device in hardware.topology.devices}) == 1
     assert all(0 < link.latency < 1 for link in hardware.topology.links)

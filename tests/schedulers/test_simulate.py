@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from machines import DISK, device, machine, model, random_machine, random_model, toy_graph, toy_task
 
@@ -610,6 +610,23 @@ def test_two_equal_stages_do_twice_as_much_with_two_passes_on_their_way() -> Non
     assert two == close(2 * one)
     four = predict(replace(schedule, workload=Workload(8, 8, 4)), graph, cost, depth=4).decode_tokens_per_s
     assert four == close(1 / (1 + HANDLING_SECONDS))  # both are busy all the time
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 6), st.floats(1e-3, 20e-3), st.floats(0, 2e-3), st.floats(0, 2e-3))
+@example(4, 5e-3, 2e-3, 1.5e-3)
+def test_the_rate_of_a_pipeline_is_that_of_its_middle(depth: int, seconds: float, first: float, second: float) -> None:
+    """As in a long run: not of its end, where nothing new comes between the last passes. Two stages, which calls keep
+    from computing for so many seconds."""
+    schedule, graph, cost = stages(2, seconds, 1e-3, "node{}/cuda:0")
+    known = [{"call_s": 1e-3, "call_handling_s": s} for s in (first, second)]
+    devices = tuple(replace(d, facts=facts) for d, facts in zip(schedule.topology.devices, known, strict=True))
+    topology = replace(schedule.topology, devices=devices)
+    schedule, cost = replace(schedule, workload=Workload(8, 8, depth), topology=topology), CostModel(topology)
+    ends = [s.end for s in simulate_stages(schedule, graph, cost, depth, [Step.decode(12)] * (depth * 80)).steps]
+    begin, end = 10 * depth - 1, 70 * depth - 1
+    forecast = predict(schedule, graph, cost, depth).decode_tokens_per_s
+    assert forecast == pytest.approx((end - begin) / (ends[end] - ends[begin]), rel=0.03)
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 8, 31])
