@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ciuic_runtime.devices.errors import InvalidInput
 
 MOST_LOGPROBS = 20
+LIKELIEST = 1024  # tokens that are put in order first; mostly they are enough, and all are not needed
+
+Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +73,13 @@ def sample(logits: torch.Tensor, params: SamplingParams, history: Sequence[int],
     if params.temperature == 0:
         return best
     # Differences to the largest, in double precision: a tiny temperature makes them -inf, never NaN.
-    ranked, ids = ((logits - logits.max()).double() / params.temperature).sort(descending=True, stable=True)
-    probabilities = _filtered(ranked.softmax(dim=0), params)
-    cumulative = probabilities.cumsum(dim=0)
-    target = uniform(seed, position) * float(cumulative[-1])
-    at = int(torch.searchsorted(cumulative, torch.tensor(target, dtype=torch.float64), right=True))
-    return int(ids[min(at, int(probabilities.nonzero()[-1]))])
+    ranks = ((logits - logits.max()).double() / params.temperature).numpy()
+    weights, number = np.exp(ranks), uniform(seed, position)
+    drawn = _drawn(weights, _likeliest(ranks, LIKELIEST), params, number)
+    if drawn is None:
+        drawn = _drawn(weights, _likeliest(ranks, len(ranks)), params, number)
+    assert drawn is not None, "nothing is left out of all tokens"
+    return drawn
 
 
 def token_logprob(logits: torch.Tensor, token_id: int, count: int) -> TokenLogprob:
@@ -89,19 +94,43 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
 
 
-def _filtered(probabilities: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Sorted probabilities with what top-k, top-p and min-p drop set to zero; the likeliest always stays."""
-    keep = torch.ones_like(probabilities, dtype=torch.bool)
-    if params.top_k:
-        keep[params.top_k :] = False
+def _likeliest(ranks: Doubles, least: int) -> npt.NDArray[np.int64]:
+    """The tokens of at least so many of the highest ranks [vocab], likeliest first, of equals the first first; of
+    equals all or none."""
+    ids = np.arange(len(ranks))
+    if least < len(ranks):
+        ids = np.flatnonzero(ranks >= np.partition(ranks, -least)[-least])
+    return ids[np.argsort(-ranks[ids], kind="stable")]
+
+
+def _drawn(weights: Doubles, ids: npt.NDArray[np.int64], params: SamplingParams, number: float) -> int | None:
+    """The token at `number`, in [0, 1), of what top-k, top-p and min-p leave of the weights [vocab], the largest of
+    which is 1; these leave the likeliest so many, and one at least. `ids` are some likeliest in their order; None where
+    more of them are needed. Whatever is given, sums are of the same numbers in the same order."""
+    whole, cumulative, total = len(ids) == len(weights), weights[ids].cumsum(), float(weights.sum())
+    kept = len(weights)
+    if params.top_k and params.top_k < kept:
+        kept = params.top_k
+        if kept > len(ids):
+            return None
+        total = float(cumulative[kept - 1])
     if params.top_p < 1:
-        kept = probabilities * keep
-        kept = kept / kept.sum()
-        keep &= kept.cumsum(dim=0) - kept < params.top_p
+        before = int(np.searchsorted(cumulative, params.top_p * total))  # of which the sum is less than top-p
+        if before == len(ids) and not whole:
+            return None
+        kept = min(kept, before + 1)
     if params.min_p:
-        keep &= probabilities >= params.min_p * probabilities[0]
-    keep[0] = True
-    return probabilities * keep
+        kept = min(kept, int(np.count_nonzero(weights >= params.min_p)))
+    if kept < len(weights):
+        if kept > len(ids):
+            return None
+        total = float(cumulative[kept - 1])
+    at = int(np.searchsorted(cumulative, number * total, side="right"))
+    if at == len(ids) and not whole:
+        return None
+    if at >= kept:  # by rounding
+        at = int(np.flatnonzero(weights[ids[:kept]])[-1])
+    return int(ids[at])
 
 
 def _penalised(logits: torch.Tensor, penalty: float, history: Sequence[int]) -> torch.Tensor:

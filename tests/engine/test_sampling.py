@@ -69,6 +69,46 @@ def test_distribution_is_that_of_transformers(seed: int, history: list[int], pen
     assert set(got.nonzero().flatten().tolist()) <= set(expected.nonzero().flatten().tolist())
 
 
+def sorted_first(logits: torch.Tensor, params: SamplingParams, number: float) -> int:
+    """As the definition has it: all tokens in order, then what the filters leave."""
+    ranked, ids = ((logits - logits.max()).double() / params.temperature).sort(descending=True, stable=True)
+    probabilities = ranked.softmax(dim=0)
+    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    if params.top_k:
+        keep[params.top_k :] = False
+    if params.top_p < 1:
+        kept = probabilities * keep / (probabilities * keep).sum()
+        keep &= kept.cumsum(dim=0) - kept < params.top_p
+    if params.min_p:
+        keep &= probabilities >= params.min_p * probabilities[0]
+    keep[0] = True
+    cumulative = (probabilities * keep).cumsum(dim=0)
+    return int(ids[(cumulative <= number * cumulative[-1]).sum().clamp(max=int(keep.sum()) - 1)])
+
+
+@given(
+    vocab=st.integers(1, 300), spread=st.sampled_from([0.0, 0.01, 1.0, 5.0]), likeliest=st.integers(1, 300),
+    temperature=st.floats(0.2, 3.0), top_k=st.sampled_from([0, 1, 2, 7, 40, 299, 1000]),
+    top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 1e-9]), min_p=st.sampled_from([0.0, 0.0, 0.01, 0.5, 1.0]),
+    equal=st.booleans(), seed=st.integers(0, 1000),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_the_likeliest_are_enough_or_all_are_looked_at(
+    vocab: int, spread: float, likeliest: int, equal: bool, seed: int, **values: Any
+) -> None:
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * spread
+    logits = (logits * 2).round() / 2 if equal else logits
+    params, number = SamplingParams(**values), uniform(seed, vocab)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "uniform", lambda seed, position: number)
+        patch.setattr(sampling, "LIKELIEST", likeliest)
+        some = sample(logits, params, (), 0, 0)
+        patch.setattr(sampling, "LIKELIEST", vocab)
+        assert some == sample(logits, params, (), 0, 0)
+    if not equal and spread:  # else sums meet the filters' bounds but for rounding
+        assert some == sorted_first(logits, params, number)
+
+
 def test_repetition_penalty_acts_on_greedy_choice_and_both_signs() -> None:
     logits = torch.tensor([2.0, 1.9, -1.0, -1.2])
     greedy = SamplingParams(repetition_penalty=1.5)
