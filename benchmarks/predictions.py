@@ -134,7 +134,7 @@ def predict(folder: Path, into: Path, cases: list[Case], calibrate: bool) -> Pat
         fresh = ["--fresh"] if calibrate else []
         _ciuic("calibrate", str(folder / model), "--threads", str(threads), *fresh)
     looks = {threads: asdict(_look(threads)) for threads in {c.threads for c in cases}}
-    disks = {model: read_rate(folder / model) for model in {c.model for c in cases if c.memory}}
+    disks = {model: _disk_rate(folder / model) for model in {c.model for c in cases if c.memory}}
     predictions = []
     for case in cases:
         plan = _forecast(case, folder)
@@ -203,8 +203,13 @@ def run(folder: Path, file: Path) -> None:
 
 
 def _looks(case: Case, folder: Path) -> dict[str, Any]:
-    disk = read_rate(folder / case.model) if case.memory else None
+    disk = _disk_rate(folder / case.model) if case.memory else None
     return {"limits": asdict(_look(case.threads)), "disk": disk}
+
+
+def _disk_rate(model: Path) -> float | None:
+    found = read_rate(model)
+    return found.bandwidth if found else None
 
 
 def _bench(case: Case, folder: Path, more: tuple[str, ...] = ()) -> dict[str, Any]:

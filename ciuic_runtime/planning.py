@@ -17,6 +17,7 @@ from ciuic_runtime.model import Model
 from ciuic_runtime.schedulers.calibration import Calibration
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.memory import node_of
+from ciuic_runtime.schedulers.passes import READ_CPU
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.scheduler import TaskScheduler
@@ -76,9 +77,9 @@ def with_disk(topology: Topology, path: str | Path) -> Topology:
     disk, links = measured_disk(path, cpus, progress=lambda what: log.info("%s", what))
     from ciuic_runtime.memory.read_rate import read_rate  # loads torch, which most plans do without
 
-    if (rate := read_rate(path)) is not None:
-        disk = replace(disk, memory_bandwidth=rate)
-        links = [replace(link, bandwidth=rate) for link in links]
+    if (found := read_rate(path)) is not None:
+        disk = replace(disk, memory_bandwidth=found.bandwidth, facts={**disk.facts, READ_CPU: found.cpu})
+        links = [replace(link, bandwidth=found.bandwidth) for link in links]
     return replace(topology, devices=(*topology.devices, disk), links=(*topology.links, *links))
 
 

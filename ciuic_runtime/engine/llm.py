@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -108,6 +109,7 @@ class LLM:
         self.engine = Engine(self._host.runner, self._batching(num_blocks, config))
         self._tokenizer: Tokenizer | None = None
         self._closed = False
+        self._thread: int | None = None  # in which passes run, where that is no matter of whoever asks
         self._facts: Facts | None = None  # of the schedule that is carried out
         self.on_look: Callable[[], None] | None = None  # where passes run in another thread, which is told
         self._host.warm_up()
@@ -403,6 +405,8 @@ class LLM:
     def _check_idle(self) -> None:
         if self._closed:
             raise InvalidInput("this LLM is closed; open another one")
+        if self._thread not in (None, threading.get_ident()):
+            raise InvalidInput("this LLM is being served, by a thread of its own; ask the server, or close it first")
         self._set_torch_threads()  # another LLM of this process may have chosen otherwise
         if self.engine.busy:
             raise InvalidInput("an earlier stream is not at its end; read it to its end or close() it first")
@@ -446,8 +450,12 @@ class LLM:
         self.engine.journal.clear()
 
     def use_in_this_thread(self) -> None:
-        """To be called in a thread before passes run in it."""
+        """To be called in a thread before passes run in it. Until `use_anywhere`, other threads are refused."""
+        self._thread = threading.get_ident()
         self._set_torch_threads()
+
+    def use_anywhere(self) -> None:
+        self._thread = None
 
     def _set_torch_threads(self) -> None:
         """Where native kernels compute, torch only picks rows and sorts: its threads would get in their way."""

@@ -240,6 +240,7 @@ class EngineService:
             for submission in self._known.values():
                 self._engine.cancel(submission.request)
             self._deliver([Update(s.request, finish_reason="interrupted") for s in self._known.values()])
+            self.llm.use_anywhere()
             if self.failure is not None and self.on_failure is not None:
                 self.on_failure()
 

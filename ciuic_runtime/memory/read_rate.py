@@ -8,6 +8,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,21 +66,28 @@ class PageStream:
         self._store.close()
 
 
-def read_rate(folder: str | Path) -> float | None:
-    """bytes/s of reading pages in any order; None where nothing is packed, or there is no compiled reader."""
+@dataclass(frozen=True, slots=True)
+class ReadRate:
+    bandwidth: float  # bytes/s
+    cpu: float  # s of a core per byte: asking, the system's part, and being woken
+
+
+def read_rate(folder: str | Path) -> ReadRate | None:
+    """Of reading pages in any order; None where nothing is packed, or there is no compiled reader."""
     if not Path(folder).is_dir() or not load_spec(folder).packed or find_spec(READER) is None:
         return None
     stream = PageStream(folder)
     try:
         seconds = min(SECONDS, 4 * len(stream.pages) * stream.nbytes / USUAL) / WINDOWS
-        return statistics.median(_window(stream, seconds) for _ in range(WINDOWS))
+        windows = [_window(stream, seconds) for _ in range(WINDOWS)]
     finally:
         stream.close()
+    return ReadRate(*(statistics.median(getattr(w, name) for w in windows) for name in ReadRate.__slots__))
 
 
-def _window(stream: PageStream, seconds: float) -> float:
+def _window(stream: PageStream, seconds: float) -> ReadRate:
     """At least one page."""
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     left = iter([True])
     done = stream.run(lambda: next(left, False) or time.perf_counter() - start < seconds)
-    return done / (time.perf_counter() - start)
+    return ReadRate(done / (time.perf_counter() - start), (time.process_time() - cpu) / done)

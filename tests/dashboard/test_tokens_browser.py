@@ -568,7 +568,7 @@ def test_what_began_before_now_and_ended_later_is_drawn(browser: Any) -> None:
         page.wait_for_selector("#status:has-text('not connected')")
         source.ended, source.passes = False, 4  # type: ignore[misc]
         until(lambda: page.evaluate("Strip.state.steps") == 4)
-        assert "4 steps" in page.inner_text("#status")
+        page.wait_for_selector("#status:has-text('4 steps')")
         assert wrong == []
 
 

@@ -351,3 +351,20 @@ def test_closing_cancels_what_runs(model: LLM) -> None:
     assert first.finish_reason is None
     assert rest[-1].finish_reason == "interrupted"
     assert not model.engine.busy
+
+
+@native
+def test_a_model_that_is_served_is_driven_by_nobody_else(tiny_v3: Path, here: Topology) -> None:
+    params = SamplingParams(max_tokens=3)
+    with LLM(tiny_v3, devices=here, dtype="int4", max_model_len=128, threads=1, serving=True) as llm:
+        expected = list(llm.generate([5, 6, 7], params)[0].token_ids)
+
+        async def act(service: EngineService) -> list[Update]:
+            found = await whole(service, [5, 6, 7], params)
+            for begun in (lambda: llm.generate([5, 6, 7], params), lambda: llm.logits([5, 6, 7])):
+                with pytest.raises(InvalidInput, match="being served, by a thread of its own; ask the server"):
+                    begun()
+            return found
+
+        assert tokens(served(llm, act)) == expected
+        assert list(llm.generate([5, 6, 7], params)[0].token_ids) == expected

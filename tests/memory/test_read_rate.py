@@ -10,6 +10,7 @@ from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.memory.read_rate import PageStream, read_rate
 from ciuic_runtime.ops.native import kernels
 from ciuic_runtime.planning import with_disk
+from ciuic_runtime.schedulers.passes import READ_CPU
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="pages are read by a compiled part, which is not built here")
 
@@ -27,7 +28,8 @@ def test_pages_are_read_as_long_as_more_are_wanted(tiny_int4: Path) -> None:
 def test_a_packed_folder_has_a_rate_and_nothing_else_does(tiny_int4: Path, tiny_v3: Path) -> None:
     rate = read_rate(tiny_int4)
     assert rate is not None
-    assert 1e5 < rate < 1e12
+    assert 1e5 < rate.bandwidth < 1e12
+    assert 0 < rate.cpu < 16 / rate.bandwidth  # s of a core per byte; eight threads at most work on it
     assert read_rate(tiny_v3) is None
     assert read_rate(tiny_v3 / "config.json") is None
 
@@ -37,3 +39,4 @@ def test_plans_take_the_disk_as_it_is_for_them(tiny_int4: Path) -> None:
     [disk] = topology.by_kind("DISK")
     assert topology.link("disk", "cpu").bandwidth == disk.memory_bandwidth
     assert disk.basis == "measured"
+    assert float(disk.facts[READ_CPU]) > 0

@@ -448,6 +448,19 @@ def test_pages_are_read_from_the_task_before_on() -> None:
     assert trace.seconds("decode") == close(2 * ends[-1])
 
 
+@pytest.mark.parametrize(("cores", "threads", "lost"), [(2, 2, 0.5), (1, 1, 1.0), (4, 3, 0.0)])
+def test_reading_takes_from_those_who_compute_on_all_cores(cores: int, threads: int, lost: float) -> None:
+    """`lost`: of the seconds of a core that the reads take, what the pass is longer."""
+    graph, per_byte = even_chain(4), 4e-11
+    seconds = []
+    for cpu in (0.0, per_byte):
+        disk = replace(DISK, facts={"read_cpu_s": cpu})
+        topology = machine(device("cpu", cores=cores, threads=threads), disk, links=(Link("disk", "cpu", 5e11),))
+        trace = simulate(paged(graph, 2 * 10**6, topology), graph, CostModel(topology), [Step.decode(9)])
+        seconds.append(sum(e.seconds for e in trace.events if e.kind == "compute"))
+    assert seconds[1] - seconds[0] == pytest.approx(lost * 4 * 5e5 * per_byte)
+
+
 def test_experts_are_read_as_many_layers_ahead_as_they_are_guessed() -> None:
     graph, cost = model(num_hidden_layers=6), CostModel(machine(device("cpu"), DISK))
     waits = []

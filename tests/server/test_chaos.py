@@ -11,6 +11,7 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,14 @@ def llm(tiny_chat: Path, here: Topology) -> Iterator[LLM]:
         yield x
 
 
-@pytest.fixture
-def server(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+@contextmanager
+def served(llm: LLM) -> Iterator[Running]:
     """What is kept of passes and requests is full soon, so that it does not count as growth."""
-    monkeypatch.setattr("ciuic_runtime.engine.service.MOST_EVENTS", 1 << 16)
-    monkeypatch.setattr("ciuic_runtime.engine.journal.MOST_ENDED", 1 << 10)
-    with running(llm, model_name="tiny", max_body_bytes=MOST_BODY) as x:
-        yield x
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ciuic_runtime.engine.service.MOST_EVENTS", 1 << 16)
+        patch.setattr("ciuic_runtime.engine.journal.MOST_ENDED", 1 << 10)
+        with running(llm, model_name="tiny", max_body_bytes=MOST_BODY) as x:
+            yield x
 
 
 # What is asked, and what must come back
@@ -391,15 +393,19 @@ def _check_blocks(server: Running) -> None:
     assert blocks.num_free == blocks.num_blocks
 
 
-def test_whatever_clients_do_answers_are_whole_and_nothing_is_left(llm: LLM, server: Running) -> None:
-    asyncio.run(_chaos(server, questions(llm, seed=1), [200], seed=1))
-    assert server.service.stats().kv_blocks_used == 0
-    _check_blocks(server)
+def test_whatever_clients_do_answers_are_whole_and_nothing_is_left(llm: LLM) -> None:
+    asked = questions(llm, seed=1)
+    with served(llm) as server:
+        asyncio.run(_chaos(server, asked, [200], seed=1))
+        assert server.service.stats().kv_blocks_used == 0
+        _check_blocks(server)
 
 
 @pytest.mark.slow
-def test_ten_thousand_requests_leave_memory_as_it_was(llm: LLM, server: Running) -> None:
-    early, late = asyncio.run(_chaos(server, questions(llm, seed=2), [2_000, 8_000], seed=2))
-    assert late - early < MOST_GROWTH, f"{(late - early) / 1e6:.1f} MB more after 10,000 requests than after 2,000"
-    assert server.service.stats().preemptions > 0
-    _check_blocks(server)
+def test_ten_thousand_requests_leave_memory_as_it_was(llm: LLM) -> None:
+    asked = questions(llm, seed=2)
+    with served(llm) as server:
+        early, late = asyncio.run(_chaos(server, asked, [2_000, 8_000], seed=2))
+        assert late - early < MOST_GROWTH, f"{(late - early) / 1e6:.1f} MB more after 10,000 requests than after 2,000"
+        assert server.service.stats().preemptions > 0
+        _check_blocks(server)
