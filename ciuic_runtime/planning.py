@@ -17,7 +17,7 @@ from ciuic_runtime.model import Model
 from ciuic_runtime.schedulers.calibration import Calibration
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.memory import node_of
-from ciuic_runtime.schedulers.passes import READ_CPU
+from ciuic_runtime.schedulers.passes import READ_TAKES
 from ciuic_runtime.schedulers.placement import Placement
 from ciuic_runtime.schedulers.schedule import Schedule
 from ciuic_runtime.schedulers.scheduler import TaskScheduler
@@ -78,7 +78,7 @@ def with_disk(topology: Topology, path: str | Path) -> Topology:
     from ciuic_runtime.memory.read_rate import read_rate  # loads torch, which most plans do without
 
     if (found := read_rate(path)) is not None:
-        disk = replace(disk, memory_bandwidth=found.bandwidth, facts={**disk.facts, READ_CPU: found.cpu})
+        disk = replace(disk, memory_bandwidth=found.bandwidth, facts={**disk.facts, READ_TAKES: found.taken})
         links = [replace(link, bandwidth=found.bandwidth) for link in links]
     return replace(topology, devices=(*topology.devices, disk), links=(*topology.links, *links))
 

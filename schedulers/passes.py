@@ -24,7 +24,7 @@ from ciuic_runtime.schedulers.trace import Event, EventKind, StepInfo, Trace
 HOST = "host"  # the lane of sampling
 ROUNDING = 1e-12  # of a task
 ALL = 0.95  # of a layer's experts: a pass that uses so many has all of the next layer's read ahead
-READ_CPU = "read_cpu_s"  # a disk's fact: seconds of a core for each byte that is read from it
+READ_TAKES = "read_takes_s"  # a disk's fact: seconds that those who compute on all cores lose by each byte read
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class _Disk:
         self.read: tuple[int, ...] = ()  # the last read
         device, disk = (schedule.topology.device(name) for name in (paging.device, paging.disk))
         busy = 0 < device.cores <= device.threads  # else a core that does not compute is there for it
-        self.taken = float(disk.facts.get(READ_CPU, 0.0)) / device.threads if busy else 0.0  # s per byte read
+        self.taken = float(disk.facts.get(READ_TAKES, 0.0)) if busy else 0.0
         mine = [p for row, p in graph.rows.items() if schedule.rows[row].device == paging.device and not p.row_nbytes]
         routed = [t for t in graph if t.num_experts]
         names = {page.name for task in routed for page in task.pages}
@@ -297,7 +297,7 @@ class _Pass:
     def _paged(self, op: Op, seconds: float, disk: _Disk) -> None:
         """Reads what is not there: routed experts from when they are guessed, `lookahead` layers earlier, or one layer
         where all are read; other pages from the task before, rows of tables when they are needed. What is there
-        computes meanwhile, but for what reading takes of the cores."""
+        computes meanwhile, but for what reading takes of cores and memory."""
         needed, missing = disk.needs(op, self.step)
         missing = min(needed, missing * self.excess)
         asked = self.before if op.task.pages[0].row_nbytes else self.before_last

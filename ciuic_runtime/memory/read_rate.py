@@ -8,9 +8,11 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 
 import torch
 
@@ -23,6 +25,7 @@ READER = "ciuic_runtime.memory._page_reader"
 SECONDS, WINDOWS = 0.6, 3
 USUAL = 2e9  # bytes/s: of a small folder no more is read than a few times all of it
 IN_FLIGHT = 4  # pages asked for at once
+MEMORY_SECONDS, LEAST_SECONDS, MEMORY_NBYTES = 0.25, 0.1, 256 << 20  # of reading memory beside; of a folder for that
 
 
 class PageStream:
@@ -69,7 +72,7 @@ class PageStream:
 @dataclass(frozen=True, slots=True)
 class ReadRate:
     bandwidth: float  # bytes/s
-    cpu: float  # s of a core per byte: asking, the system's part, and being woken
+    taken: float  # s per byte that all cores read memory less: what comes goes through it, and cores ask and are woken
 
 
 def read_rate(folder: str | Path) -> ReadRate | None:
@@ -79,15 +82,35 @@ def read_rate(folder: str | Path) -> ReadRate | None:
     stream = PageStream(folder)
     try:
         seconds = min(SECONDS, 4 * len(stream.pages) * stream.nbytes / USUAL) / WINDOWS
-        windows = [_window(stream, seconds) for _ in range(WINDOWS)]
+        bandwidth = statistics.median(_window(stream, seconds) for _ in range(WINDOWS))
+        return ReadRate(bandwidth, _taken(stream) if seconds * WINDOWS >= LEAST_SECONDS else 0.0)
     finally:
         stream.close()
-    return ReadRate(*(statistics.median(getattr(w, name) for w in windows) for name in ReadRate.__slots__))
 
 
-def _window(stream: PageStream, seconds: float) -> ReadRate:
-    """At least one page."""
-    start, cpu = time.perf_counter(), time.process_time()
+def _window(stream: PageStream, seconds: float) -> float:
+    """bytes/s of at least one page."""
+    start = time.perf_counter()
     left = iter([True])
     done = stream.run(lambda: next(left, False) or time.perf_counter() - start < seconds)
-    return ReadRate(done / (time.perf_counter() - start), (time.process_time() - cpu) / done)
+    return done / (time.perf_counter() - start)
+
+
+def _taken(stream: PageStream) -> float:
+    from ciuic_runtime.devices import _probe
+
+    def memory() -> float:
+        return statistics.median(_probe.read_bandwidth(MEMORY_NBYTES, cores, MEMORY_SECONDS, WINDOWS))
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    alone, enough = memory(), Event()
+    with ThreadPoolExecutor(1) as pool:
+        start = time.perf_counter()
+        reading = pool.submit(stream.run, lambda: not enough.is_set())
+        try:
+            beside = memory()
+        finally:
+            enough.set()
+        nbytes = reading.result()
+        seconds = time.perf_counter() - start
+    return max(0.0, 1 - beside / alone) * seconds / nbytes

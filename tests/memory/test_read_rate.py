@@ -10,7 +10,7 @@ from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.memory.read_rate import PageStream, read_rate
 from ciuic_runtime.ops.native import kernels
 from ciuic_runtime.planning import with_disk
-from ciuic_runtime.schedulers.passes import READ_CPU
+from ciuic_runtime.schedulers.passes import READ_TAKES
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="pages are read by a compiled part, which is not built here")
 
@@ -29,7 +29,7 @@ def test_a_packed_folder_has_a_rate_and_nothing_else_does(tiny_int4: Path, tiny_
     rate = read_rate(tiny_int4)
     assert rate is not None
     assert 1e5 < rate.bandwidth < 1e12
-    assert 0 < rate.cpu < 16 / rate.bandwidth  # s of a core per byte; eight threads at most work on it
+    assert rate.taken == 0.0, "too little to look at for long enough"
     assert read_rate(tiny_v3) is None
     assert read_rate(tiny_v3 / "config.json") is None
 
@@ -39,4 +39,11 @@ def test_plans_take_the_disk_as_it_is_for_them(tiny_int4: Path) -> None:
     [disk] = topology.by_kind("DISK")
     assert topology.link("disk", "cpu").bandwidth == disk.memory_bandwidth
     assert disk.basis == "measured"
-    assert float(disk.facts[READ_CPU]) > 0
+    assert READ_TAKES in disk.facts
+
+
+def test_what_reading_takes_from_those_who_read_memory(tiny_int4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ciuic_runtime.memory.read_rate.LEAST_SECONDS", 0.0)
+    rate = read_rate(tiny_int4)
+    assert rate is not None
+    assert 0 <= rate.taken * rate.bandwidth < 10  # of the time, at the disk's full rate
