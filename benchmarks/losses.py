@@ -26,13 +26,12 @@ from typing import Any
 os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported, by whomever
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-from pipeline import packed_model
+from pipeline import halves, packed_model
 from rounds import Report, against, common_arguments, note
 
 import ciuic_runtime as ciuic
 from ciuic_runtime.devices.ray_nodes import NODE_ID
 from ciuic_runtime.devices.ray_session import import_ray
-from ciuic_runtime.schedulers.stages import stages_of
 
 HEALTH = {
     "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
@@ -73,12 +72,7 @@ class Cluster:
     def open(self) -> ciuic.LLM:
         """One half of the model on each of two nodes; what the head's node can do is left for later."""
         hardware = ciuic.DeviceManager.from_ray(self.raylets.address, path=self.model)
-        model = ciuic.Model(self.model)
-        whole = ciuic.plan(model, hardware, placement=ciuic.Placement().put("*", on="node1/cpu"))
-        placement = ciuic.Placement().put("*", on="node1/cpu")
-        for task in stages_of(whole, model.graph, STAGES)[1].graph.tasks:
-            for row, _ in task.rows:
-                placement = placement.put(row, on="node2/cpu")
+        placement = halves(self.model, hardware, "node1/cpu", "node2/cpu")
         return ciuic.LLM(
             self.model, devices=hardware, executor="ray", address=self.raylets.address, threads=1, stages=STAGES,
             placement=placement, max_model_len=PROMPT + NEW, max_num_seqs=BATCH,

@@ -193,6 +193,15 @@ def _tasks_of(llm: ciuic.LLM) -> list[Sequence[Any]]:
     return [stage.graph.tasks for stage in stages_of(llm.schedule, llm.model.graph, STAGES)]
 
 
+def halves(path: Path, hardware: ciuic.DeviceManager, first: str, second: str) -> ciuic.Placement:
+    """The first half of the model, by bytes, on one device, the second on another."""
+    model, placement = ciuic.Model(path), ciuic.Placement().put("*", on=first)
+    for task in stages_of(ciuic.plan(model, hardware, placement=placement), model.graph, 2)[1].graph.tasks:
+        for row, _ in task.rows:
+            placement = placement.put(row, on=second)
+    return placement
+
+
 class Cluster:
     """Two raylets on this machine, and everything that is measured on them."""
 
@@ -211,24 +220,13 @@ class Cluster:
         note(f"starting {name}")
         llm = ciuic.LLM(
             self.model, devices=self.hardware, executor="ray", address=self.raylets.address, threads=1, stages=STAGES,
-            placement=self._halves() if nodes == 2 else ciuic.Placement().put("*", on="node0/cpu"),
+            placement=halves(self.model, self.hardware, "node0/cpu", "node1/cpu") if nodes == 2
+            else ciuic.Placement().put("*", on="node0/cpu"),
             micro_batches=micro_batches, max_model_len=PROMPT + self.new, max_num_seqs=max(BATCHES),
         )  # fmt: skip
         one = Pipeline(name, llm, self.new, [self._spinner(i % nodes) for i in range(STAGES)] if spinners else [])
         self.pipelines.append(one)
         return one
-
-    def _halves(self) -> ciuic.Placement:
-        """The first half of the model, by bytes, on one raylet, the second on the other."""
-        whole = ciuic.plan(
-            ciuic.Model(self.model), self.hardware, placement=ciuic.Placement().put("*", on="node0/cpu"),
-            workload=ciuic.Workload(PROMPT, self.new, max(BATCHES)),
-        )  # fmt: skip
-        placement = ciuic.Placement().put("*", on="node0/cpu")
-        for task in stages_of(whole, ciuic.Model(self.model).graph, STAGES)[1].graph.tasks:
-            for row, _ in task.rows:
-                placement = placement.put(row, on="node1/cpu")
-        return placement
 
     def _spinner(self, node: int) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
