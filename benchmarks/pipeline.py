@@ -5,9 +5,10 @@ Ray itself takes on the same way.
     python benchmarks/pipeline.py --quick                               one short round: whether it all works
 
 Every step is compared with the sum of its stages' passes (from the trace) plus a null call: a chain of actors with the
-same payload, on the same nodes, that spin for as long as the stages computed in the turn before. A pass makes three
-hops: driver, stage, stage, driver. Then how busy the busier stage is with four passes on their way (stages that sleep
-in place of computing, and in simulation), and the forecasts of all of these pipelines."""
+same payload, on the same nodes, that spin for as long as the stages computed in the turn before; beside it, such actors
+that read memory all the while, as stages do, and find their caches as cold. A pass makes three hops: driver, stage,
+stage, driver. Then how busy the busier stage is with four passes on their way (stages that sleep in place of computing,
+and in simulation), and the forecasts of all of these pipelines, each of which is alone on the machine."""
 
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ from typing import Any
 os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported, by whomever
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+import numpy as np
 import torch
 from make_model import write_packed
 from rounds import Measured, Report, Sample, against, common_arguments, note, take_turns
@@ -54,6 +56,7 @@ STAGES, HOPS = 2, 3
 IN_FLIGHT = 4
 PROMPT = 16  # tokens
 SLEEP = 10e-3  # s, of a stage's pass
+READ = 128 << 20  # bytes, more than caches hold
 LIMIT, MOST_DRIVER, LEAST_BUSY, MOST_ERROR = 1.5, 0.05, 0.85, 0.15
 BATCHES = (1, 8)
 
@@ -86,8 +89,22 @@ class Stopwatch:
 class NullStage(Spinner):
     """Ray's own null call: takes what a stage takes, computes nothing for as long, gives as much."""
 
+    memory: np.ndarray | None = None
+
     def run(self, call: bytes, hidden: bytes | None, draws: bytes | None, seconds: float, answer: bytes) -> bytes:
         return self.spin(answer, seconds)
+
+    def read(self, call: bytes, hidden: bytes | None, draws: bytes | None, seconds: float, answer: bytes) -> bytes:
+        """Computes nothing either, and reads memory meanwhile."""
+        end = time.perf_counter() + seconds
+        if self.memory is None:
+            self.memory = np.ones((READ >> 18, 1 << 15))
+        while time.perf_counter() < end:
+            for part in self.memory:
+                part.sum()
+                if time.perf_counter() >= end:
+                    break
+        return answer
 
     def pid(self) -> int:
         return os.getpid()
@@ -170,8 +187,8 @@ class Pipeline:
         predicted, actual = self.llm.schedule.predicted, self.llm.trace.tokens_per_s("decode")
         return actual / predicted.decode_tokens_per_s - 1 if predicted and actual else float("nan")
 
-    def null(self, ray: Any, batch: int) -> Sample:
-        """Rounds through actors that spin as long as the stages computed."""
+    def null(self, ray: Any, batch: int, method: str) -> Sample:
+        """Rounds through actors that spin, or read, as long as the stages computed."""
         chunks = [Chunk((1,), PROMPT + 8, (i,), prompt=False) for i in range(batch)]
         params = ciuic.SamplingParams(max_tokens=self.new, temperature=0.0, ignore_eos=True)
         draws = [Draw(i, 1, params, 0, PROMPT + 9, wanted=True) for i in range(batch)]
@@ -182,7 +199,7 @@ class Pipeline:
             hidden = None
             for i, actor in enumerate(self.spinners):
                 last = wanted if i == STAGES - 1 else None
-                hidden = actor.run.remote(call, hidden, last, spin[i], answers[i])
+                hidden = getattr(actor, method).remote(call, hidden, last, spin[i], answers[i])
             ray.get(hidden)
             ends.append(time.perf_counter())
         took = statistics.median(b - a for a, b in pairwise(ends))
@@ -214,9 +231,11 @@ class Cluster:
         self.raylets.add_node(**small)
         self.raylets.wait_for_nodes()
         self.hardware = ciuic.DeviceManager.from_ray(self.raylets.address, path=model)
-        self.pipelines: list[Pipeline] = []
+        self.pipeline: Pipeline | None = None  # the one that is there
 
     def open(self, name: str, nodes: int, micro_batches: int, spinners: bool = False) -> Pipeline:
+        """In place of the one before."""
+        self.end_pipeline()
         note(f"starting {name}")
         llm = ciuic.LLM(
             self.model, devices=self.hardware, executor="ray", address=self.raylets.address, threads=1, stages=STAGES,
@@ -224,9 +243,9 @@ class Cluster:
             else ciuic.Placement().put("*", on="node0/cpu"),
             micro_batches=micro_batches, max_model_len=PROMPT + self.new, max_num_seqs=max(BATCHES),
         )  # fmt: skip
-        one = Pipeline(name, llm, self.new, [self._spinner(i % nodes) for i in range(STAGES)] if spinners else [])
-        self.pipelines.append(one)
-        return one
+        made = [self._spinner(i % nodes) for i in range(STAGES)] if spinners else []
+        self.pipeline = Pipeline(name, llm, self.new, made)
+        return self.pipeline
 
     def _spinner(self, node: int) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -239,13 +258,24 @@ class Cluster:
         """That are ours while the benchmark runs, beside its own."""
         nodes = self.raylets.list_all_nodes()
         services = [p.process.pid for node in nodes for one in node.all_processes.values() for p in one]
-        stages = [pid for one in self.pipelines for pid in one.watch.runner.processes()]
-        spinners = self.ray.get([actor.pid.remote() for one in self.pipelines for actor in one.spinners])
-        return [*services, *stages, *spinners]
+        assert self.pipeline is not None
+        spinners = self.ray.get([actor.pid.remote() for actor in self.pipeline.spinners])
+        return [*services, *self.pipeline.watch.runner.processes(), *spinners]
+
+    def measure(self, rivals: Mapping[str, Callable[[], Sample]], args: argparse.Namespace) -> Measured:
+        for warm in rivals.values():
+            warm()
+        return take_turns(rivals, args.rounds, args.threads, self.processes(), 1 if args.quick else 2)
+
+    def end_pipeline(self) -> None:
+        if self.pipeline is not None:
+            self.pipeline.llm.close()
+            for actor in self.pipeline.spinners:
+                self.ray.kill(actor)
+        self.pipeline = None
 
     def close(self) -> None:
-        for one in self.pipelines:
-            one.llm.close()
+        self.end_pipeline()
         self.ray.shutdown()
         self.raylets.shutdown()
 
@@ -306,24 +336,48 @@ def ms(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms"
 
 
-def tell(found: Measured, report: Report, pipelines: Sequence[Pipeline]) -> None:
-    for one in pipelines:
-        for batch in BATCHES:
-            name = f"{one.name}, batch {batch}"
-            null = found.fact(f"null of {name}", "null")
-            step, compute, driver, first, second = (
-                found.fact(name, fact) for fact in ("step", "compute", "driver", "stage0", "stage1")
-            )
-            report.line(
-                f"{name:24} step {ms(step):>9} = stages {ms(compute):>9} ({ms(first)} and {ms(second)}) + "
-                f"{ms((step - compute) / HOPS)} per hop; null call {ms(null / HOPS)} per hop"
-            )
-            added = against((step - compute) / null, LIMIT, "x", at_most=True)
-            share = against(driver / step, MOST_DRIVER, "%", at_most=True)
-            report.line(f"{'':24} beyond the stages, of the null call: {added}; of the driver: {share}")
+def measure_hops(cluster: Cluster, name: str, nodes: int, args: argparse.Namespace, report: Report) -> None:
+    """A step of a pipeline beside null calls on the same way, and its forecast."""
+    one = cluster.open(name, nodes, 1, spinners=True)
+    rivals: dict[str, Callable[[], Sample]] = {}
+    for batch in BATCHES:
+        rivals[f"batch {batch}"] = lambda batch=batch: one.decode(batch)
+        rivals[f"null, batch {batch}"] = lambda batch=batch: one.null(cluster.ray, batch, "run")
+        rivals[f"null that reads, batch {batch}"] = lambda batch=batch: one.null(cluster.ray, batch, "read")
+    found = cluster.measure(rivals, args)
+    for batch in BATCHES:
+        step, compute, driver, first, second = (
+            found.fact(f"batch {batch}", fact) for fact in ("step", "compute", "driver", "stage0", "stage1")
+        )
+        null, reading = (found.fact(f"{rival}, batch {batch}", "null") for rival in ("null", "null that reads"))
+        report.line(
+            f"{name}, batch {batch}:".ljust(22)
+            + f"step {ms(step)} = stages {ms(compute)} ({ms(first)} and {ms(second)}) + {ms((step - compute) / HOPS)} "
+            f"per hop; null call {ms(null / HOPS)} per hop, {ms(reading / HOPS)} of actors that read"
+        )
+        added = against((step - compute) / null, LIMIT, "x", at_most=True)
+        share = against(driver / step, MOST_DRIVER, "%", at_most=True)
+        report.line(
+            f"{'':22}beyond the stages, of the null call: {added}, of that of actors that read: "
+            f"{(step - compute) / reading:.2f}x; of the driver: {share}"
+        )
+    tell_forecasts(found, report, name)
 
 
-def tell_forecasts(found: Measured, report: Report) -> None:
+def measure_filled(cluster: Cluster, args: argparse.Namespace, report: Report) -> float:
+    """The forecast with several passes at once; how busy the busier stage is in simulation."""
+    name = f"two raylets, {IN_FLIGHT} at once"
+    full = cluster.open(name, 2, IN_FLIGHT)
+
+    def filled() -> Sample:
+        full.generate(max(BATCHES))
+        return Sample(full.llm.trace.tokens_per_s("decode") or 0.0, {"forecast_error": full.forecast_error()})
+
+    tell_forecasts(cluster.measure({f"batch {max(BATCHES)}": filled}, args), report, name)
+    return busy_in_simulation(full)
+
+
+def tell_forecasts(found: Measured, report: Report, pipeline: str) -> None:
     errors = {
         name: statistics.median(r[name].sample.facts["forecast_error"] for r in found.rounds)
         for name in found.rounds[0]
@@ -331,7 +385,8 @@ def tell_forecasts(found: Measured, report: Report) -> None:
     }
     for name, error in errors.items():
         size = against(abs(error), MOST_ERROR, "%", at_most=True)
-        report.line(f"forecast of {name}: actual {error:+.1%}; {size}")
+        report.line(f"forecast of {pipeline}, {name}: actual {error:+.1%}; {size}")
+    report.line(f"{pipeline}: {found}")
 
 
 def main() -> None:
@@ -353,38 +408,17 @@ def run(args: argparse.Namespace, model: Path) -> None:
         calibrate(ciuic.Model(model), ciuic.DeviceManager().topology, threads=1, progress=note)
     cluster = Cluster(model, new)
     try:
-        pair = [cluster.open("two raylets", 2, 1, spinners=True), cluster.open("one raylet", 1, 1, spinners=True)]
-        full = cluster.open("two raylets, 4 at once", 2, IN_FLIGHT)
-
-        def filled() -> Sample:
-            full.generate(max(BATCHES))
-            rate = full.llm.trace.tokens_per_s("decode") or 0.0
-            return Sample(rate, {"forecast_error": full.forecast_error()})
-
-        rivals: dict[str, Callable[[], Sample]] = {}
-        for one in pair:
-            for batch in BATCHES:
-                rivals[f"{one.name}, batch {batch}"] = lambda one=one, batch=batch: one.decode(batch)
-                rivals[f"null of {one.name}, batch {batch}"] = lambda one=one, batch=batch: one.null(cluster.ray, batch)
-        rivals[f"{full.name}, batch {max(BATCHES)}"] = filled
-        for warm in rivals.values():
-            warm()
-        patience = 1 if args.quick else 2
-        found = take_turns(rivals, args.rounds, args.threads, cluster.processes(), patience)
-        stages = {s.name: sum(s.stages[1]) / STAGES for s in pair}
-        report.line(f"{model.name}, {cluster.pipelines[0].llm.model.spec.name}: stages of {ms(stages['two raylets'])}")
         cpu = cluster.hardware.topology.device("node1/cpu")
         call, handling = ms(call_seconds(cpu)), ms(handling_seconds(cpu))
         report.line(f"calls as the forecasts have them: {call}, of which {handling} keep a stage from computing")
-        tell(found, report, pair)
-        tell_forecasts(found, report)
-        simulated, asleep = busy_in_simulation(full), busy_when_sleeping(cluster)
+        measure_hops(cluster, "two raylets", 2, args, report)
+        measure_hops(cluster, "one raylet", 1, args, report)
+        simulated, asleep = measure_filled(cluster, args, report), busy_when_sleeping(cluster)
         report.line(f"busier of two stages, {IN_FLIGHT} passes, simulated: {against(simulated, LEAST_BUSY, '%')}")
         report.line(
             f"busier of two stages, {IN_FLIGHT} passes, stages that sleep {ms(SLEEP)} in place of computing: "
             f"{against(asleep, LEAST_BUSY, '%')}"
         )
-        report.line(str(found))
     finally:
         cluster.close()
     report.save()

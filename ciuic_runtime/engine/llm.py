@@ -102,14 +102,14 @@ class LLM:
         self._checkpoint = open_checkpoint(model) if isinstance(model, (str, Path)) else model
         self._setup = set_up(self._checkpoint, config, schedule, devices)
         self.schedule = self._setup.schedule
-        self._set_torch_threads()
+        self.set_torch_threads()
         num_blocks = cache_tokens(self.context, self.max_num_seqs, config.kv_tokens) // BLOCK_TOKENS
         self._host = _open_host(self._setup, self._checkpoint, num_blocks, config, progress)
         self._next_index = itertools.count()
         self.engine = Engine(self._host.runner, self._batching(num_blocks, config))
         self._tokenizer: Tokenizer | None = None
         self._closed = False
-        self._thread: int | None = None  # in which passes run, where that is no matter of whoever asks
+        self._thread: threading.Thread | None = None  # in which passes run, where that is no matter of whoever asks
         self._facts: Facts | None = None  # of the schedule that is carried out
         self.on_look: Callable[[], None] | None = None  # where passes run in another thread, which is told
         self._host.warm_up()
@@ -405,9 +405,9 @@ class LLM:
     def _check_idle(self) -> None:
         if self._closed:
             raise InvalidInput("this LLM is closed; open another one")
-        if self._thread not in (None, threading.get_ident()):
+        if self._thread not in (None, threading.current_thread()):
             raise InvalidInput("this LLM is being served, by a thread of its own; ask the server, or close it first")
-        self._set_torch_threads()  # another LLM of this process may have chosen otherwise
+        self.set_torch_threads()  # another LLM of this process may have chosen otherwise
         if self.engine.busy:
             raise InvalidInput("an earlier stream is not at its end; read it to its end or close() it first")
 
@@ -449,17 +449,18 @@ class LLM:
         self._host.clear_trace()
         self.engine.journal.clear()
 
-    def use_in_this_thread(self) -> None:
-        """To be called in a thread before passes run in it. Until `use_anywhere`, other threads are refused."""
-        self._thread = threading.get_ident()
-        self._set_torch_threads()
+    def use_in(self, thread: threading.Thread) -> None:
+        """From now on passes run in that thread, which may not have begun yet; until `use_anywhere`, other threads are
+        refused."""
+        self._thread = thread
+
+    def set_torch_threads(self) -> None:
+        """To be called in each thread that passes run in. Where native kernels compute, torch only picks rows and
+        sorts: its threads would get in their way."""
+        torch.set_num_threads(self.threads if self.kernels == REFERENCE else 1)
 
     def use_anywhere(self) -> None:
         self._thread = None
-
-    def _set_torch_threads(self) -> None:
-        """Where native kernels compute, torch only picks rows and sorts: its threads would get in their way."""
-        torch.set_num_threads(self.threads if self.kernels == REFERENCE else 1)
 
     def _check_ids(self, ids: Sequence[int], what: str) -> None:
         spec = self.model.spec

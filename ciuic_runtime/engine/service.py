@@ -136,6 +136,7 @@ class EngineService:
         llm.on_look = self._look
 
     def start(self) -> None:
+        self.llm.use_in(self._thread)
         self._thread.start()
 
     def submit(
@@ -219,7 +220,7 @@ class EngineService:
 
     def _run(self) -> None:
         try:
-            self.llm.use_in_this_thread()
+            self.llm.set_torch_threads()
             while not self._closing and self.failure is None:
                 if not self._engine.busy and not self._inbox:
                     self._wake.wait(GATHER_SECONDS if self._is_looked_at() else CHECK_SECONDS)
