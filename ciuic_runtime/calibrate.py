@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ciuic_runtime.calibrate_paging import can_be_paged, measure_paging
 from ciuic_runtime.curves import can_be_calibrated, is_calibrated, kernels_of, load_calibration, store_curves
 from ciuic_runtime.devices.backends import open_backend
 from ciuic_runtime.devices.bandwidth import memory_rates
@@ -32,6 +33,8 @@ from ciuic_runtime.schedulers.calibration import (
     AROUND,
     BETWEEN,
     ENDS,
+    GUESS,
+    PAGE,
     SAMPLE,
     Calibration,
     Curve,
@@ -320,14 +323,23 @@ def calibrate(
         [used] = with_threads(Topology((device,)), threads).devices
         if fresh or not is_calibrated(model, used, known):
             store_curves(device, chosen, measure_curves(model, device, used.threads, chosen, progress))
+            known = load_calibration(model, topology, chosen)
+        if can_be_paged(model, chosen) and (fresh or not _knows_paging(model, used, known)):
+            cost = CostModel(Topology((used,)), model.format, known)
+            store_curves(device, chosen, measure_paging(model, used, used.threads, chosen, cost))
     return load_calibration(model, topology, chosen)
+
+
+def _knows_paging(model: Model, device: DeviceSpec, known: Calibration) -> bool:
+    found = known.curve(device.name, device.threads, model.format, PAGE, 0.0)
+    return found is not None and found.threads == device.threads
 
 
 def curves_of(model: Model, topology: Topology, calibration: Calibration) -> list[Curve]:
     """Those curves that forecasts of the model go by."""
     found: dict[int, Curve] = {}
     logits = model.graph.tasks[-1].output_bytes_per_token
-    wanted = {(BETWEEN, 0.0), (ENDS, 0.0), (AROUND, 0.0), (SAMPLE, logits)}
+    wanted = {(BETWEEN, 0.0), (ENDS, 0.0), (AROUND, 0.0), (PAGE, 0.0), (GUESS, 0.0), (SAMPLE, logits)}
     for task in model.graph:
         for phase in PHASES:
             wanted.add((operator_of(task, phase), size_of(task)))

@@ -33,6 +33,8 @@ ESTIMATED_ERROR = 1.4  # relative: nine of ten published rates lie within it
 # Of a process's pass, besides the tasks: between two of them; before the first and after the last; and until it begins
 # and when it has ended. Then choosing tokens.
 BETWEEN, ENDS, AROUND, SAMPLE = "pass.between", "pass.ends", "pass.around", "sample"
+# Where pages are missing: for each that is read (asking, making room, taking it in), for each layer that is guessed.
+PAGE, GUESS = "page.read", "page.guess"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ from ciuic_runtime.schedulers.calibration import (
     ESTIMATED_LAUNCH_OVERHEAD,
     ESTIMATED_MEMORY_UTILISATION,
     ESTIMATED_PACKED_COMPUTE_UTILISATION,
+    GUESS,
+    PAGE,
     SAMPLE,
     Calibration,
     Curve,
@@ -116,6 +118,11 @@ class CostModel:
         """Seconds from when a process is given a pass until it begins, and from its end until its values can be handed
         on; 0 where that was not measured."""
         return self._own(device, AROUND)
+
+    def paging(self, device: DeviceSpec, pages: float, guesses: int) -> float:
+        """Seconds, besides the tasks, for so many pages that are read and layers whose experts are guessed; 0 where
+        that was not measured."""
+        return self._own(device, PAGE) * pages + self._own(device, GUESS) * guesses
 
     def _own(self, device: DeviceSpec, what: str) -> float:
         curve = self._curve(device, what, 0.0)

@@ -29,7 +29,7 @@ READ_TAKES = "read_takes_s"  # a disk's fact: seconds that those who compute on 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A job that leaves events: tasks that follow one another on a device, or one transfer."""
+    """A job that leaves events: tasks that follow one another on a device, or one transfer; or, without names, none."""
 
     job: int
     lane: str
@@ -218,6 +218,9 @@ class Run:
         events, done = self.events, begin
         for row in rows:
             at, then = start[row.job], end[row.job]
+            if not row.names:
+                done = then
+                continue
             if alone and row.kind != "read":
                 if at > done:
                     events.append(Event(row.names[0], row.device, done, at, number, phase, "wait"))
@@ -305,6 +308,7 @@ class _Pass:
             self.layers.append(self.before)
             ahead = 1 if disk.scans(op.task, self.step) else disk.paging.lookahead
             asked = self.layers[max(0, len(self.layers) - 1 - ahead)]
+        self._asking(op, missing, disk)
         if missing < 1:
             self._part(op, seconds)
             return
@@ -317,6 +321,16 @@ class _Pass:
         if last < 1:
             self._part(op, (1 - last) * seconds)
         self._part(op, last * seconds, (job,))
+
+    def _asking(self, op: Op, missing: float, disk: _Disk) -> None:
+        """Besides the task: its pages are asked for and taken in, a later layer's experts are guessed."""
+        page = op.task.pages[0]
+        pages = 0.0 if page.row_nbytes else missing / page.nbytes
+        guesses = op.task.num_experts > 0 and disk.paging.lookahead > 0 and not disk.scans(op.task, self.step)
+        device = self.run.devices[op.device]
+        if seconds := self.run.cost.paging(device, pages, int(guesses)):
+            job = self.run.engine.add(Job("besides tasks", self.chain, op.device, seconds))
+            self._then(_Row(job, op.device, op.device, "compute", ()))
 
     def _looked_up(self, op: Op, seconds: float, table: Source) -> None:
         """Rows of a table that is stored elsewhere come when they are needed."""

@@ -461,6 +461,35 @@ def test_reading_takes_from_those_who_compute_on_all_cores(cores: int, threads: 
     assert seconds[1] - seconds[0] == pytest.approx(lost * 4 * 5e5 * per_byte)
 
 
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_asking_for_pages_and_guessing_them_take_time_besides_tasks(lookahead: int) -> None:
+    graph, topology, page, guess = model(num_hidden_layers=6), machine(device("cpu"), DISK), 3e-5, 7e-5
+    curves = tuple(
+        Curve("cpu", 0, "bfloat16", f"page.{what}", 0.0, s) for what, s in (("read", page), ("guess", guess))
+    )
+    schedule = paged(graph, int(graph.nbytes * 0.6), topology, lookahead)
+    step = Step.decode(30)
+    free, charged = (
+        simulate(schedule, graph, CostModel(topology, calibration=Calibration(curves=known)), [step])
+        for known in ((), curves)
+    )
+    routed = sum(bool(task.num_experts) for task in graph)
+    pages = sum(
+        e.nbytes / task.pages[0].nbytes
+        for e in charged.events
+        if e.kind == "read" and not (task := graph.by_name[e.task]).pages[0].row_nbytes
+    )
+    seconds = [
+        {kind: sum(e.seconds for e in trace.events if e.kind == kind) for kind in ("compute", "wait")}
+        for trace in (free, charged)
+    ]
+    assert seconds[0]["compute"] == close(seconds[1]["compute"])
+    besides = charged.seconds("decode") - sum(seconds[1].values())
+    assert besides == pytest.approx(pages * page + (routed * guess if lookahead else 0.0), rel=1e-3)  # whole bytes
+    assert pages > 0
+    assert seconds[1]["wait"] <= seconds[0]["wait"] + 1e-12
+
+
 def test_experts_are_read_as_many_layers_ahead_as_they_are_guessed() -> None:
     graph, cost = model(num_hidden_layers=6), CostModel(machine(device("cpu"), DISK))
     waits = []
