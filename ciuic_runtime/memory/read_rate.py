@@ -25,7 +25,8 @@ READER = "ciuic_runtime.memory._page_reader"
 SECONDS, WINDOWS = 0.6, 3
 USUAL = 2e9  # bytes/s: of a small folder no more is read than a few times all of it
 IN_FLIGHT = 4  # pages asked for at once
-MEMORY_SECONDS, LEAST_SECONDS, MEMORY_NBYTES = 0.25, 0.1, 256 << 20  # of reading memory beside; of a folder for that
+PAIRS, MEMORY_SECONDS, MEMORY_NBYTES = 5, 0.06, 128 << 20  # of looks at memory, alone and beside reads
+LEAST_SECONDS = 0.1  # of reading a folder: smaller ones are not looked at beside memory
 
 
 class PageStream:
@@ -97,12 +98,17 @@ def _window(stream: PageStream, seconds: float) -> float:
 
 
 def _taken(stream: PageStream) -> float:
+    """The middle of several pairs of looks: memory is by turns half as fast, with nothing read beside it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0.0, statistics.median(_taken_once(stream, cores) for _ in range(PAIRS)))
+
+
+def _taken_once(stream: PageStream, cores: int) -> float:
     from ciuic_runtime.devices import _probe
 
     def memory() -> float:
-        return statistics.median(_probe.read_bandwidth(MEMORY_NBYTES, cores, MEMORY_SECONDS, WINDOWS))
+        return _probe.read_bandwidth(MEMORY_NBYTES, cores, MEMORY_SECONDS, 1)[0]
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     alone, enough = memory(), Event()
     with ThreadPoolExecutor(1) as pool:
         start = time.perf_counter()
@@ -113,4 +119,4 @@ def _taken(stream: PageStream) -> float:
             enough.set()
         nbytes = reading.result()
         seconds = time.perf_counter() - start
-    return max(0.0, 1 - beside / alone) * seconds / nbytes
+    return (1 - beside / alone) * seconds / nbytes
