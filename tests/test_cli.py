@@ -45,8 +45,8 @@ def test_plan_json_has_what_the_contract_promises(ciuic, here_toml: Path, tiny_v
 
 def test_plan_of_a_known_model_loads_neither_torch_nor_ray(here_toml: Path) -> None:
     code = (
-        "import sys; from ciuic_runtime.cli import _exit_code\n"
-        f"code = _exit_code(['plan', 'deepseek-v2-lite', '--devices', {str(here_toml)!r}, '--memory', 'cpu=1MiB'])\n"
+        "import sys; from ciuic_runtime.cli.app import exit_code\n"
+        f"code = exit_code(['plan', 'deepseek-v2-lite', '--devices', {str(here_toml)!r}, '--memory', 'cpu=1MiB'])\n"
         "assert code == 2, code\n"
         "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
     )

@@ -21,12 +21,12 @@ def test_a_second_run_installs_nothing(target: str) -> None:
 
 def test_every_command_in_the_readme_exists() -> None:
     """The commands of the README name files, options and subcommands that are there."""
-    import ciuic_runtime.cli as cli
+    from ciuic_runtime.cli.app import app
 
     text = (ROOT / "README.md").read_text()
     commands = [line.split("#")[0].split() for line in text.splitlines() if line.startswith(".venv/bin/")]
     assert len(commands) >= 5
-    known = {name.name or name.callback.__name__ for name in cli.app.registered_commands if name.callback}
+    known = {name.name or name.callback.__name__ for name in app.registered_commands if name.callback}
     for words in commands:
         if words[0].endswith("/ciuic"):
             assert words[1] in known

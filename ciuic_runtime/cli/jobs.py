@@ -1,5 +1,5 @@
 """The commands of `ciuic` for jobs on a cluster: launch, jobs, logs, stop, replan.
-Knows options and streams, as `cli.py` does; what is sent to Ray is in `cluster/submit.py`."""
+What is sent to Ray is in `cluster/submit.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ciuic_runtime.cli import Insecure, JsonOption, _print_json, _result, _say, app
+from ciuic_runtime.cli.app import app
+from ciuic_runtime.cli.options import Insecure, JsonOption
+from ciuic_runtime.cli.output import print_json, result, say
 from ciuic_runtime.devices.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -54,13 +56,13 @@ def launch(
         jobs = Jobs(where, insecure)
         id = jobs.submit(job, text, known)
         if detach:
-            _result(as_json, {"schema_version": 1, "id": id, "address": address}, lambda: id)
+            result(as_json, {"schema_version": 1, "id": id, "address": address}, lambda: id)
             return
         token = os.environ.get("RAY_AUTH_TOKEN_PATH")
         known_as = f"RAY_AUTH_TOKEN_PATH={token} " if token and not address else ""
-        _say(f"job {id}; from another shell: {known_as}ciuic logs {id} --address {where}")
+        say(f"job {id}; from another shell: {known_as}ciuic logs {id} --address {where}")
         found = run(jobs, id, known, lambda line: print(line, file=sys.stderr, flush=True))
-        _result(as_json, {"schema_version": 1, **found}, lambda: _ended(found))
+        result(as_json, {"schema_version": 1, **found}, lambda: _ended(found))
 
 
 @app.command()
@@ -69,7 +71,7 @@ def jobs(address: Address = None, insecure: Insecure = False, as_json: JsonOptio
     from ciuic_runtime.cluster.submit import Jobs
 
     found = Jobs(address, insecure).all()
-    _result(as_json, {"schema_version": 1, "jobs": [asdict(s) for s in found]}, lambda: _table(found))
+    result(as_json, {"schema_version": 1, "jobs": [asdict(s) for s in found]}, lambda: _table(found))
 
 
 @app.command()
@@ -86,7 +88,7 @@ def logs(
     cluster = Jobs(address, insecure)
     if as_json:
         state = cluster.state(id)
-        _print_json({"schema_version": 1, **asdict(state), "log": cluster.log(id), "outcome": cluster.outcome(id)})
+        print_json({"schema_version": 1, **asdict(state), "log": cluster.log(id), "outcome": cluster.outcome(id)})
     elif follow:
         cluster.follow(id, lambda line: print(line, flush=True))
     else:
@@ -99,7 +101,7 @@ def stop(id: JobId, address: Address = None, insecure: Insecure = False, as_json
     from ciuic_runtime.cluster.submit import Jobs
 
     state = Jobs(address, insecure).stop(id)
-    _result(as_json, {"schema_version": 1, **asdict(state)}, lambda: f"{state.id} {state.status}")
+    result(as_json, {"schema_version": 1, **asdict(state)}, lambda: f"{state.id} {state.status}")
 
 
 @app.command()
@@ -120,9 +122,9 @@ def replan(
 
     if address and "://" in address:
         raise InvalidInput(f"address {address!r} is a dashboard's; give the cluster's HOST:PORT, where nodes join it")
-    found = ask(join(address or "auto", insecure), id, _say)
+    found = ask(join(address or "auto", insecure), id, say)
     document = {"schema_version": 1, "models": [asdict(answer) for answer in found]}
-    _result(as_json, document, lambda: "\n".join(f"{answer.id}: {answer.text}" for answer in found))
+    result(as_json, document, lambda: "\n".join(f"{answer.id}: {answer.text}" for answer in found))
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 """The command `ciuic dashboard`: saved traces and schedules in the browser, without a model.
-Knows options and streams, as `cli.py` does; what is shown is in `dashboard/`."""
+What is shown is in `dashboard/`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from ciuic_runtime.cli import JsonOption, _print_json, app
+from ciuic_runtime.cli.app import app
+from ciuic_runtime.cli.options import JsonOption
+from ciuic_runtime.cli.output import print_json
 
 
 @app.command()
@@ -38,7 +40,7 @@ def dashboard(
 
         def ready(url: str) -> None:
             if as_json:
-                _print_json({"schema_version": 1, "url": url, "files": [str(file) for file in files]})
+                print_json({"schema_version": 1, "url": url, "files": [str(file) for file in files]})
                 sys.stdout.flush()
 
         serve_dashboard(sources, config, address, ready)

@@ -1,0 +1,5 @@
+"""`python -m ciuic_runtime.cli`."""
+
+from ciuic_runtime.cli import main
+
+main()
