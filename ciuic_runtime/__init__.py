@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ciuic_runtime.schedulers.trace import Trace
     from ciuic_runtime.schedulers.workload import Workload
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # torch's threads wait for each other in a busy loop by default. With one other busy process on two cores that made
 # decoding two to ten times slower; waiting asleep costs a tenth of the speed on an idle machine (benchmarks/results,
