@@ -1,4 +1,5 @@
-"""What people type becomes what the public API takes: hardware, placements, budgets."""
+"""What people type becomes what the public API takes: hardware, placements, budgets.
+Knows no option by name but those that its messages quote."""
 
 from __future__ import annotations
 

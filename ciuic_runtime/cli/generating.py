@@ -1,4 +1,5 @@
-"""The commands `run` and `chat`: text on stdout as it comes."""
+"""The commands `run` and `chat`: text on stdout as it comes.
+Knows prompts and Ctrl-C; what is told of a run afterwards is in `report.py` and `show.py`."""
 
 from __future__ import annotations
 

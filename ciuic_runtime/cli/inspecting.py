@@ -1,4 +1,5 @@
-"""The commands `devices` and `doctor`: what is here."""
+"""The commands `devices` and `doctor`: what is here.
+How it is found and measured is in `devices/` and `doctor.py`."""
 
 from __future__ import annotations
 

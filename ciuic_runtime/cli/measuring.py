@@ -1,4 +1,5 @@
-"""The commands `calibrate`, `bench` and `score`: how fast it is, and how far off forecasts were."""
+"""The commands `calibrate`, `bench` and `score`: how fast it is, and how far off forecasts were.
+Knows options; what is measured is in modules of these names, and in `history.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Options and arguments that several commands have."""
+"""Options and arguments that several commands have, each with the help that all of them show.
+Knows no command."""
 
 from __future__ import annotations
 

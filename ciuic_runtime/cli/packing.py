@@ -1,4 +1,5 @@
-"""The command `pack`."""
+"""The command `pack`: options, progress, and what is said after Ctrl-C.
+How pages are made is in `ciuic_runtime/packing.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `serve`."""
+"""The command `serve`: the address is taken before the model is loaded. What is answered there is in `server/`."""
 
 from __future__ import annotations
 
