@@ -331,7 +331,7 @@ def test_rules_and_budgets_for_nodes_that_are_gone_no_longer_count(write: Callab
 
 native = pytest.mark.skipif(kernels() is None, reason="the native kernels are not built here")
 CIUIC = [sys.executable, "-c", "import sys; from ciuic_runtime.cli import main; main()"]
-PATIENCE = 90.0  # s
+PATIENCE = 180.0  # s, on a machine that does something else besides
 RESUME = "[generate]\nresume = true"
 
 
@@ -489,7 +489,7 @@ def test_without_an_address_a_cluster_is_started_and_ctrl_c_ends_it_with_the_job
 @pytest.mark.slow
 def test_a_job_that_was_stopped_is_followed_asked_and_resumed(shell: Shell, tiny_int4: Path) -> None:
     put_back(shell.nodes, 2)
-    prompts = 40  # so many that they are not done before the job is stopped
+    prompts = 24  # so many that they are not done before the job is stopped
     (shell.folder / "p.txt").write_text("".join(f"prompt number {i}\n" for i in range(prompts)))
     sent = shell.call("launch", job(shell, 300), "--detach")["id"]
     follow = shell.begin("logs", sent, "--follow")
