@@ -325,6 +325,8 @@ def calibrate(
             store_curves(device, chosen, measure_curves(model, device, used.threads, chosen, progress))
             known = load_calibration(model, topology, chosen)
         if can_be_paged(model, chosen) and (fresh or not _knows_paging(model, used, known)):
+            if progress:
+                progress(f"measuring what it costs to read pages of {model.spec.name} meanwhile")
             cost = CostModel(Topology((used,)), model.format, known)
             store_curves(device, chosen, measure_paging(model, used, used.threads, chosen, cost))
     return load_calibration(model, topology, chosen)
