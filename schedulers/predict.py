@@ -19,7 +19,7 @@ from ciuic_runtime.schedulers.workload import Workload
 # Prompts of more passes than this are forecast from so many of them, evenly spaced: a pass's time is close to linear
 # in where it starts.
 PASSES = 32
-ROUNDS, FILLING = 8, 2  # of a pipeline's decodes; while it fills, and in the last one, when it empties, none counts
+ROUNDS, FILLING = 16, 4  # of a pipeline's decodes; while it fills, and in the last one, when it empties, none counts
 
 
 def predict(schedule: Schedule, graph: TaskGraph, cost: CostModel, depth: int | None = None) -> Prediction:
