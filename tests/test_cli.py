@@ -325,6 +325,7 @@ def test_a_chat_goes_on_after_an_answer_was_stopped_at_once(
     assert "Paris" in messages[1]["content"]
 
 
+@pytest.mark.slow
 def test_odd_surroundings(tmp_path: Path, here_toml: Path, tiny_v3: Path) -> None:
     command = [sys.executable, "-m", "ciuic_runtime.cli"]
     run = [*command, "run", str(tiny_v3), "--prompt", "-", "--devices", str(here_toml), "--temperature", "1"]

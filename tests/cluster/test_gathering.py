@@ -78,6 +78,7 @@ def test_two_stages_on_a_machine_have_the_lanes_of_the_forecast(
     assert lanes_of(read_recording(tmp_path / "run.json")) == lanes
 
 
+@pytest.mark.slow
 def test_it_comes_while_the_stages_work_and_the_newest_is_kept(
     ray: Any, tiny_int4: Path, here: Topology, monkeypatch: Any
 ) -> None:
