@@ -327,6 +327,8 @@ class _Pass:
         page = op.task.pages[0]
         pages = 0.0 if page.row_nbytes else missing / page.nbytes
         guesses = op.task.num_experts > 0 and disk.paging.lookahead > 0 and not disk.scans(op.task, self.step)
+        if not pages and not guesses:  # most tasks: no curve is looked for
+            return
         device = self.run.devices[op.device]
         if seconds := self.run.cost.paging(device, pages, int(guesses)):
             job = self.run.engine.add(Job("besides tasks", self.chain, op.device, seconds))
