@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import takewhile
@@ -59,13 +60,21 @@ def measure_paging(
             executor.close()
     finally:
         checkpoint.close()
-    more = others.reads - same.reads
-    page = max(0.0, others.besides - same.besides) / more if more > 0 else 0.0
-    guess = max(0.0, same.besides - known - page * same.reads) / guesses
+    page, guess = page_and_guess([(p.reads, p.besides - known) for p in (same, others)], guesses)
     return tuple(
         Curve(device.name, threads, model.format, what, 0.0, seconds, measured=time.time())
         for what, seconds in ((PAGE, page), (GUESS, guess))
     )
+
+
+def page_and_guess(measured: Sequence[tuple[float, float]], guesses: int) -> tuple[float, float]:
+    """Seconds for each page and for each guess that come nearest to what passes took (pages that were read, seconds),
+    each of which guessed so often; never negative."""
+    from scipy.optimize import nnls
+
+    pages, seconds = zip(*measured, strict=True)
+    (page, guess), _ = nnls([(read, guesses) for read in pages], [max(0.0, took) for took in seconds])
+    return float(page), float(guess)
 
 
 def some_layers(graph: TaskGraph) -> TaskGraph:

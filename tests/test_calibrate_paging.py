@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ciuic_runtime.calibrate import calibrate
-from ciuic_runtime.calibrate_paging import LAYERS, can_be_paged, measure_paging, some_layers
+from ciuic_runtime.calibrate_paging import LAYERS, can_be_paged, measure_paging, page_and_guess, some_layers
 from ciuic_runtime.curves import kernels_of
 from ciuic_runtime.devices.manager import DeviceManager
 from ciuic_runtime.devices.spec import Topology
@@ -37,8 +39,22 @@ def test_a_page_that_is_read_and_a_layer_that_is_guessed_take_time(tiny_int4: Pa
     curves = measure_paging(model, cpu, 1, kernels_of(model), nothing_known)
     assert [curve.operator for curve in curves] == [PAGE, GUESS]
     assert all((curve.device, curve.threads, curve.format) == (cpu.name, 1, model.format) for curve in curves)
-    assert 0 < curves[1].overhead < 1  # with nothing known, all that lies besides tasks is in it
-    assert 0 <= curves[0].overhead < 1
+    page, guess = (curve.overhead for curve in curves)
+    assert 0 <= page < 1
+    assert 0 <= guess < 1
+    assert page + guess > 0  # with nothing known, all that lies besides tasks is in them
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 50), st.integers(1, 50))
+def test_two_kinds_of_passes_tell_what_a_page_and_a_guess_take(page: float, guess: float, few: int, more: int) -> None:
+    measured = [(pages, page * pages + guess * 5) for pages in (few, few + more)]
+    assert page_and_guess(measured, 5) == pytest.approx((page, guess), abs=1e-6)
+
+
+def test_neither_a_page_nor_a_guess_takes_less_than_nothing() -> None:
+    assert page_and_guess([(1, 0.1), (10, 2.0)], 5) == pytest.approx((20.1 / 101, 0))  # pages alone: least squares
+    assert page_and_guess([(1, 1.0), (10, 0.5)], 5) == pytest.approx((0, 0.15))
+    assert page_and_guess([(0, -0.1), (10, -0.5)], 5) == (0, 0)
 
 
 def test_only_what_is_packed_is_measured(tiny_int4: Path, tiny_v3: Path) -> None:
