@@ -24,9 +24,9 @@ demo: .venv/.runtime
 	$(BIN)/ciuic plan $(DEEPSEEK) --prompt-tokens 20 --max-tokens 40
 	$(BIN)/ciuic run $(DEEPSEEK) --prompt "Experts are chosen" --max-tokens 40 --ignore-eos --temperature 1 --seed 1
 
-# Three tests at a time: one that has a cluster and mostly waits, and two that mostly use one core.
+# Two tests at a time: most wait, or use one core.
 test: lint
-	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not slow and not browser and not gpu" --durations=10
+	$(BIN)/python -m pytest -n 2 -m "not slow and not browser and not gpu" --durations=10
 
 test-all: lint .venv/.browser
 	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 -m "not gpu" --durations=20

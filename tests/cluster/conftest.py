@@ -49,11 +49,3 @@ def cluster(ray: Any, whole_cluster: Any) -> Iterator[Any]:
     finally:
         if ray.is_initialized():
             ray.shutdown()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What begins stages or nodes is done by one of pytest's processes, beside the others: it mostly waits."""
-    for item in items:
-        if "ray" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
