@@ -2,8 +2,10 @@
 #   make demo    plan and run a real model
 #   make test    the tests (make test-all: the long ones too)
 # A second run installs nothing; what is installed depends on constraints.txt, pyproject.toml and the C++ sources.
-# Python that is never imported is never compiled (--no-compile): half a minute less.
+# Python that is never imported is never compiled (--no-compile): half a minute less. What is imported is compiled once,
+# whatever the surroundings say: else every process that imports torch takes 2.5 s more.
 
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q --no-compile
