@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
@@ -43,7 +44,14 @@ def diagnose() -> list[Check]:
 
 
 def _python() -> Check:
-    return Check("python", "ok", f"{sys.version.split()[0]} ({sys.implementation.name})")
+    found = f"{sys.version.split()[0]} ({sys.implementation.name})"
+    if sys.dont_write_bytecode and not _is_kept_compiled("torch"):
+        return Check(
+            "python", "limited", f"{found}, which keeps nothing that it has compiled",
+            "every process compiles torch anew: each command takes seconds more, and so does going on after a loss",
+            "unset PYTHONDONTWRITEBYTECODE",
+        )  # fmt: skip
+    return Check("python", "ok", found)
 
 
 def _torch() -> Check:
@@ -136,6 +144,12 @@ def _importable(name: str) -> bool:
         return find_spec(name) is not None
     except (ImportError, ValueError):  # a parent is missing, or something half-imported stands in its place
         return False
+
+
+def _is_kept_compiled(package: str) -> bool:
+    """Or is not there at all."""
+    spec = find_spec(package) if _importable(package) else None
+    return spec is None or spec.cached is None or Path(spec.cached).exists()
 
 
 def _why_absent(name: str) -> str:

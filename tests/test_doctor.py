@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,18 @@ def test_fewer_threads_than_cores_is_a_limit(monkeypatch: pytest.MonkeyPatch) ->
     found = check("torch")
     assert found.status == "limited"
     assert "use 0 of" in found.cost
+
+
+def test_python_that_compiles_torch_in_every_process_is_a_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))  # where nothing is kept yet
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = check("python")
+    assert found.status == "limited"
+    assert "PYTHONDONTWRITEBYTECODE" in found.fix
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert check("python").ok
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
