@@ -4,8 +4,7 @@ Knows parameters, seed and position; the request they belong to stays with the e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -19,12 +18,11 @@ if TYPE_CHECKING:
     from ciuic_runtime.engine.guide import Guide
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """Of the `rows` rows that a chunk has among the logits: of each that is followed by a known token, how likely that
     one is; from the last, the next token, if it is wanted."""
 
-    index: int  # of the request
+    request: int  # its number
     rows: int
     params: SamplingParams
     seed: int
@@ -35,8 +33,7 @@ class Draw:
     guide: Guide | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(NamedTuple):
     token: int | None = None
     logprob: TokenLogprob | None = None
     told: tuple[TokenLogprob, ...] = ()  # of the known tokens
@@ -82,7 +79,7 @@ def draw(one: Draw, logits: torch.Tensor) -> Drawn:
             guide.mask(last.numpy())
         token = sample(last, params, one.history, one.seed, one.position)
     except (FloatingPointError, GuideFailed) as error:
-        says = f"prompt {one.index}, position {one.position}: {error}"
+        says = f"prompt {one.request}, position {one.position}: {error}"
         return Drawn(told=told, error=says, asked_too_much=isinstance(error, GuideFailed))
     if guide is not None:
         guide.accept(token)

@@ -14,6 +14,7 @@ from ciuic_runtime.devices.errors import InvalidInput
 
 MOST_LOGPROBS = 20
 LIKELIEST = 1024  # tokens that are put in order first; mostly they are enough, and all are not needed
+MOST_LOGIT = torch.finfo(torch.float32).max
 
 Doubles = npt.NDArray[np.float64]
 
@@ -27,7 +28,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()  # token ids and their log probabilities, likeliest first
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SamplingParams:
     max_tokens: int = 128
     temperature: float = 0.0  # 0: greedy
@@ -138,7 +139,8 @@ def _penalised(logits: torch.Tensor, penalty: float, history: Sequence[int]) -> 
     seen = torch.tensor(sorted(set(history)))
     values = logits[seen]
     logits = logits.clone()
-    logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    # The smallest penalties would make the likeliest infinite, and its distance to itself no number.
+    logits[seen] = torch.where(values > 0, values / penalty, values * penalty).clamp(max=MOST_LOGIT)
     return logits
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ciuic_runtime.memory.kv_cache import BLOCK_TOKENS
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceSlice:
+class SequenceSlice(NamedTuple):
     """The new tokens of one sequence in a batch."""
 
     start: int  # first row in the batch
@@ -49,8 +50,7 @@ class Batch:
         return Batch(ids, positions, slots, self.sequences, self.sampled_rows.to(device))
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """One sequence's share of a batch, before it is laid out."""
 
     token_ids: Sequence[int]
@@ -76,7 +76,5 @@ def make_batch(chunks: Sequence[Chunk]) -> Batch:
         sequences.append(SequenceSlice(start, n, chunk.position, used, chunk.prompt))
         if chunk.sample:
             sampled += range(start, start + n) if chunk.sample == "all" else [start + n - 1]
-    return Batch(
-        torch.tensor(ids), torch.tensor(positions), torch.tensor(slots), tuple(sequences),
-        torch.tensor(sampled, dtype=torch.int64),
-    )  # fmt: skip
+    tokens, at, entries, rows = (torch.from_numpy(np.array(v, np.int64)) for v in (ids, positions, slots, sampled))
+    return Batch(tokens, at, entries, tuple(sequences), rows)

@@ -426,7 +426,7 @@ def kill_second_node(shell: Shell) -> None:
 @native
 def test_a_job_of_two_nodes_is_launched_seen_and_done(shell: Shell, tiny_int4: Path) -> None:
     put_back(shell.nodes, 2)
-    process = shell.begin("launch", job(shell, 300), "--json")
+    process = shell.begin("launch", job(shell, 150), "--json")
     shell.wait_for(" prompts, ", process)
     with paused(driver_of_a_job()):
         [listed] = shell.call("jobs")["jobs"]
@@ -435,10 +435,10 @@ def test_a_job_of_two_nodes_is_launched_seen_and_done(shell: Shell, tiny_int4: P
     assert process.wait(PATIENCE) == 0, shell.said("launch")
     done = json.loads((shell.folder / "launch.out").read_text())
     assert (done["id"], done["status"], done["exit_code"], done["restarts"]) == (listed["id"], "SUCCEEDED", 0, 0)
-    assert (done["result"]["finished"], done["result"]["new_tokens"]) == (12, 12 * 300)
+    assert (done["result"]["finished"], done["result"]["new_tokens"]) == (12, 12 * 150)
     lines = [json.loads(line) for line in Path(done["result"]["output"]).read_text().splitlines()]
     with ciuic_runtime.LLM(tiny_int4, max_model_len=400, max_num_seqs=2, threads=1) as llm:
-        params = ciuic_runtime.SamplingParams(max_tokens=300, ignore_eos=True)
+        params = ciuic_runtime.SamplingParams(max_tokens=150, ignore_eos=True)
         expected = llm.generate([line["prompt"] for line in lines], params)
     assert [line["token_ids"] for line in lines] == [list(o.token_ids) for o in expected]
 

@@ -109,6 +109,13 @@ def test_the_likeliest_are_enough_or_all_are_looked_at(
         assert some == sorted_first(logits, params, number)
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e-38])
+def test_the_smallest_penalty_draws_what_was_seen(penalty: float) -> None:
+    params = SamplingParams(repetition_penalty=penalty, temperature=1.0)
+    for seen in ([2], [1, 2], [0, 2]):
+        assert sample(torch.tensor([-3.0, 0.0, 1.5, 9.0]), params, seen, 0, 1) == 2
+
+
 def test_repetition_penalty_acts_on_greedy_choice_and_both_signs() -> None:
     logits = torch.tensor([2.0, 1.9, -1.0, -1.2])
     greedy = SamplingParams(repetition_penalty=1.5)

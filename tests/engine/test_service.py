@@ -194,7 +194,7 @@ def test_a_request_whose_logits_are_no_numbers_ends_alone(model: LLM, monkeypatc
 
     def broken(draws: Any, logits: torch.Tensor) -> Any:
         for row, one in enumerate(draws):
-            if [one.index] == bad and one.position == 3:
+            if [one.request] == bad and one.position == 3:
                 logits[row] = float("nan")
         return draw(draws, logits)
 

@@ -26,7 +26,7 @@ class Watched(LLM):
             for one in draws:
                 at += one.rows
                 if one.wanted:
-                    self.seen.setdefault(one.index, []).append(logits[at - 1].clone())
+                    self.seen.setdefault(one.request, []).append(logits[at - 1].clone())
             return draw(draws, logits)
 
         runner.draw = watched  # type: ignore[method-assign]
