@@ -85,8 +85,9 @@ class Residency:
     pages are not evicted, expected ones only for somebody who waits.
 
     Eviction: of routed pages the one that the policy values least, but during a scan (a pass that touches nearly all of
-    them) the one whose next use is farthest, which is Belady's choice when everything is used in turn; pages that
-    every pass needs go last, again by their next use."""
+    them) the one whose next use is farthest, which is Belady's choice when everything is used in turn, and during the
+    last scan, of those that it has used, one of the place that has most; pages that every pass needs go last, again by
+    their next use."""
 
     def __init__(self, pages: Sequence[PageFacts], budget: int, policy: CachePolicy = lfu) -> None:
         self.pages, self.policy = tuple(pages), policy
@@ -96,7 +97,7 @@ class Residency:
         self._num_resident = 0
         self.where = [Where.ABSENT] * len(pages)
         self._counts = Counts()
-        self.scanning = False
+        self.scanning = self.last_scan = False
         self.step = 0
         self.held = [0] * len(pages)
         self.pinned = [False] * len(pages)
@@ -148,10 +149,11 @@ class Residency:
 
     # Events
 
-    def begin_step(self, scanning: bool = False) -> None:
-        """A pass begins; `scanning`: it will use nearly all routed pages."""
+    def begin_step(self, scanning: bool = False, last_scan: bool = False) -> None:
+        """A pass begins; `scanning`: it will use nearly all routed pages; `last_scan`: and what follows will not."""
         self.count_uses()
-        self.step, self.scanning, self._position, self._keys = self.step + 1, scanning, 0, None
+        self.step, self.scanning, self.last_scan = self.step + 1, scanning, scanning and last_scan
+        self._position, self._keys = 0, None
         self._weight *= 2.0 ** (1.0 / HALF_LIFE)
         if self._weight > 1e100:
             self.use.uses[:] /= self._weight
@@ -330,11 +332,25 @@ class Residency:
         valued = self.policy(self.use)
         if self.scanning:  # by next use; among pages of one place by the policy
             low, high = valued.min(), valued.max()
-            worth = nearness + ((valued - low) / (high - low) * 0.5 if high > low else 0.0)
+            share = (valued - low) / (high - low) * 0.5 if high > low else np.zeros(len(valued))
+            worth = nearness + share
+            if self.last_scan:
+                used, levels = self._levels(valued)
+                worth[used] = share[used] - self.places - levels
         else:
             worth = np.where(self._routed, valued, nearness)
         worth[self._by_rows] = -np.inf
         return worth
+
+    def _levels(self, valued: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Routed pages that this pass has used, and of each how many of its place are valued at least as much. Where
+        the highest go first, every place loses as much, so that what is missing later is missed evenly: a pass that
+        needs a few pages of each place waits longest where all that one place has is gone."""
+        used = np.flatnonzero(self._idle & self._routed & (self._place <= self._position))
+        order = used[np.lexsort((-valued[used], self._place[used]))]  # by place, in each the most valued first
+        places = self._place[order]
+        begins = np.searchsorted(places, places)  # of the page's place
+        return order, np.arange(len(order)) - begins + 1
 
     def _evict(self, page: int) -> Evict:
         self.where[page] = Where.ABSENT

@@ -139,7 +139,7 @@ class LocalExecutor:
         self.touched.clear()
         scanning = batch.num_tokens >= self._most_routed
         if self.memory is not None:
-            self.memory.begin_step(scanning)
+            self.memory.begin_step(scanning, last_scan=bool(len(batch.sampled_rows)))  # tokens are generated next
         complete = False
         try:
             run = _Run(self, batch, batch.num_tokens >= self._nearly_all_routed)

@@ -289,12 +289,12 @@ class MemoryHierarchy:
                 progress(done, total)
             self.report.begin(self.state.counts, self._bytes_read, self._stalls)
 
-    def begin_step(self, scanning: bool = False) -> None:
+    def begin_step(self, scanning: bool = False, last_scan: bool = False) -> None:
         self._lock.acquire()
         try:
             self._read_before = self._bytes_read
             self._poll()
-            self.state.begin_step(scanning)
+            self.state.begin_step(scanning, last_scan)
         except BaseException:
             self._lock.release()
             raise
