@@ -32,7 +32,8 @@ from ciuic_runtime.memory.read_rate import read_rate
 
 MOST_CHANGE = 0.05
 MEDIAN_GOAL, WORST_GOAL = 0.10, 0.20
-LOOKS = 6
+LOOKS = 12  # at the machine, the best of which counts: memory may have two speeds, and which is met is luck
+DISK_LOOKS = 3
 ROUNDS = 3
 NAIVE = ("--cache-policy", "lru", "--lookahead", "0")
 CIUIC = Path(sys.executable).with_name("ciuic")
@@ -208,8 +209,8 @@ def _looks(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def _disk_rate(model: Path) -> float | None:
-    found = read_rate(model)
-    return found.bandwidth if found else None
+    found = [rate.bandwidth for _ in range(DISK_LOOKS) if (rate := read_rate(model))]
+    return max(found, default=None)
 
 
 def _bench(case: Case, folder: Path, more: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ciuic_runtime.schedulers.trace import Event, EventKind, StepInfo, Trace
 HOST = "host"  # the lane of sampling
 ROUNDING = 1e-12  # of a task
 ALL = 0.95  # of a layer's experts: a pass that uses so many has all of the next layer's read ahead
+DISPLACING = 2  # layers at the beginning of a pass over all experts, while which nothing can go that was used
 READ_TAKES = "read_takes_s"  # a disk's fact: seconds that those who compute on all cores lose by each byte read
 
 
@@ -81,7 +82,8 @@ class _Disk:
         rates = hit_rates(np.array([picks for _, picks in uses]), room, policy)
         self.there = {page.name: float(rate) for (page, _), rate in zip(uses, rates, strict=True)}  # routed experts
         layers = [t for t in routed if t.pages[0].name in own]
-        self._ends = (layers[0], layers[-1]) if len(layers) > 1 else None
+        self._first, later = layers[:DISPLACING], layers[DISPLACING:]
+        self._from_end = {task.name: i for i, task in enumerate(reversed(later))}
 
     def needs(self, op: Op, step: Step) -> tuple[float, float]:
         """Bytes that a pass needs of a task, and those of them that are expected to be read."""
@@ -93,19 +95,26 @@ class _Disk:
             return page.nbytes, (1 - self.stays) * page.nbytes
         nbytes = _touched(op.task, step, op.experts) * page.nbytes
         missing = nbytes * self._missing(op, step.tokens)
-        if self._ends and op.task == self._ends[1] and self.scans(op.task, step):
-            missing += self._displaced(self._ends[0], step)
-        return nbytes, min(nbytes, missing)
+        if self.scans(op.task, step):
+            missing += self._displaced(op.task, nbytes - missing, step)
+        return nbytes, missing
 
     def scans(self, task: Task, step: Step) -> bool:
         """Whether the pass uses so many of a layer's experts that all of the next layer's are read ahead."""
         return task.distinct_experts(step) >= ALL * task.num_experts
 
-    def _displaced(self, first: Task, step: Step) -> float:
-        """Bytes of experts that a pass over all of them reads although they were there: when it comes to the first
-        layer nothing has been used yet, so what is read there takes the place of what is used last."""
-        whole = Op(first, self.paging.device)
-        return first.distinct_experts(step) * first.pages[0].nbytes * self._missing(whole, step.tokens)
+    def _displaced(self, task: Task, there: float, step: Step) -> float:
+        """Bytes of a layer that a pass over all experts reads although they were `there`: while the first layer
+        computes, and the second is read, nothing has been used yet, so what these two lack takes the place of what is
+        used last: of the last layer, and of those before it where that is not enough."""
+        if task.name not in self._from_end:
+            return 0.0
+        displaced = sum(
+            first.distinct_experts(step) * first.pages[0].nbytes
+            * self._missing(Op(first, self.paging.device), step.tokens)
+            for first in self._first
+        )  # fmt: skip
+        return min(there, max(0.0, displaced - self._from_end[task.name] * there))
 
     def _missing(self, op: Op, tokens: int) -> float:
         """Of the routed experts that so many tokens touch, the share that is not there."""
