@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,16 +79,15 @@ def test_fewer_threads_than_cores_is_a_limit(monkeypatch: pytest.MonkeyPatch) ->
     assert "use 0 of" in found.cost
 
 
-def test_python_that_compiles_torch_in_every_process_is_a_limit(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))  # where nothing is kept yet
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    found = check("python")
-    assert found.status == "limited"
-    assert "PYTHONDONTWRITEBYTECODE" in found.fix
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)
-    assert check("python").ok
+@pytest.mark.parametrize(("keeps", "status"), [("", "ok"), ("1", "limited")])
+def test_python_that_compiles_torch_in_every_process_is_a_limit(keeps: str, status: str, tmp_path: Path) -> None:
+    program = "from ciuic_runtime import doctor; found = doctor._python(); print(found.status, found.fix)"
+    surroundings = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": keeps}  # nothing is kept there yet
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **surroundings}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[0] == status
+    assert ("PYTHONDONTWRITEBYTECODE" in done.stdout) == bool(keeps)
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
