@@ -5,7 +5,7 @@ Where nothing has to leave, a use costs next to nothing: what only evictions nee
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -110,6 +110,8 @@ class Residency:
         self._routed = np.array([p.routed for p in pages], dtype=bool)
         self._by_rows = np.array([p.by_rows for p in pages], dtype=bool)
         self._first_to_go = self._routed | self._by_rows
+        self._every = np.flatnonzero(~self._routed)  # pages that are not routed
+        self._turns = np.tile(np.arange(self.places, dtype=float), 2)
         self._idle = np.zeros(len(pages), dtype=bool)  # resident and not held, but for these:
         self._unsettled: set[int] = set()
         self._expected = np.zeros(len(pages), dtype=bool)
@@ -319,18 +321,25 @@ class Residency:
         if self._hits or self._keys is None:
             self.count_uses()
             self._keys = self._worth()
-        free = self._idle & ~self._expected
-        for candidates in (free & self._first_to_go, free & ~self._first_to_go, self._idle if urgent else None):
-            if candidates is not None and candidates.any():
+        for candidates in self._may_go(urgent):
+            if candidates.any():
                 return int(np.where(candidates, self._keys, np.inf).argmin())
         return None
 
+    def _may_go(self, urgent: bool) -> Iterator[np.ndarray]:
+        free = self._idle & ~self._expected
+        yield free & self._first_to_go
+        yield free & ~self._first_to_go
+        if urgent:
+            yield self._idle
+
     def _worth(self) -> np.ndarray:
         """What each page's place in memory is worth now; smallest goes first."""
-        nearness = -((self._place - self._position - 1) % self.places).astype(float)  # what was just used comes last
-        self.use.away[:] = -nearness / self.places
+        turns = self._turns[self.places - 1 - self._position :][: self.places]  # until that of a place
+        self.use.away[:] = (turns / self.places)[self._place]
         valued = self.policy(self.use)
-        if self.scanning:  # by next use; among pages of one place by the policy
+        if self.scanning:  # by next use, what was just used comes last; among pages of one place by the policy
+            nearness = -turns[self._place]
             low, high = valued.min(), valued.max()
             share = (valued - low) / (high - low) * 0.5 if high > low else np.zeros(len(valued))
             worth = nearness + share
@@ -338,7 +347,8 @@ class Residency:
                 used, levels = self._levels(valued)
                 worth[used] = share[used] - self.places - levels
         else:
-            worth = np.where(self._routed, valued, nearness)
+            worth = valued.copy()
+            worth[self._every] = -turns[self._place[self._every]]
         worth[self._by_rows] = -np.inf
         return worth
 
@@ -410,12 +420,11 @@ class Residency:
         """All so far, those of the pass that is under way too."""
         if not self._hits:
             return
-        hits = np.bincount(self._hits, minlength=len(self.pages))
-        self._counts.hits += len(self._hits)
-        self._counts.routed_hits += int(hits[self._routed].sum())
-        self.num_uses += hits
-        self.num_hits += hits
-        self.use.last[hits > 0] = self.step
-        self.use.uses[:] += self._weight * hits
+        hits = np.array(self._hits)  # pages, some of them perhaps more than once
+        self._counts.hits += len(hits)
+        self._counts.routed_hits += int(self._routed[hits].sum())
+        for counts, more in ((self.num_uses, 1), (self.num_hits, 1), (self.use.uses, self._weight)):
+            np.add.at(counts, hits, more)
+        self.use.last[hits] = self.step
         self._hits.clear()
         self._keys = None
