@@ -1,6 +1,6 @@
 """What a stage is told of a pass, and what the last one answers, as bytes between processes of one run: Ray takes bytes
-as they are, which costs a fifth less a pass than objects that it has to look into (benchmarks/pipeline.py). What they
-are made of are tuples, which pickle takes apart and puts together without a line of Python."""
+as they are, which costs a fifth less a pass than objects that it has to look into (benchmarks/pipeline.py). They are
+made of tuples and plain objects, which pickle takes apart and puts together without a line of Python."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()  # token ids and their log probabilities, likeliest first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True)  # without slots: these would be pickled field by field, for every pass to another process
 class SamplingParams:
     max_tokens: int = 128
     temperature: float = 0.0  # 0: greedy
