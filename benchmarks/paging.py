@@ -7,9 +7,11 @@ of a step is max(compute, compulsory misses / best disk rate). Compulsory misses
 step uses x (1 - cache / all routed experts), the cache being what our budget leaves for routed experts; compute is our
 own step without its waits; the disk rate is the best of a reader that does nothing else, at page size (`disk.py`). It
 reads between our generations while our process sleeps, since disks of virtual machines change from minute to minute: a
-generation has the better of the rates before and after it, and is void where they differ by more than 15 %. Processes
-are started anew for every turn, since two do not fit beside each other; our first generation fills the cache and does
-not count, nor does the peer's first repeat.
+generation has the better of the rates before and after it, and is void where they differ by more than 15 %. Beside it
+stands what that reader gets while every core reads memory: the bound has compute and disk take nothing from each other,
+which is not so where the disk's bytes and the kernels' go through one memory controller. Processes are started anew for
+every turn, since two do not fit beside each other; our first generation fills the cache and does not count, nor does
+the peer's first repeat.
 
 The first token of a cold start is measured twice: on memory that the machine still holds (`ballast.py`), which is what
 the goal is about, and as it comes, where a virtual machine may have to get its memory back from the host.
@@ -28,7 +30,7 @@ from typing import Any
 
 from ballast import have_memory_at_hand
 from cases import model_arguments
-from disk import best, disk_rates
+from disk import best, disk_rates, memory_is_read
 from limited import MemoryLimit
 from ours import Ours, Run
 from peer import Peer, peer_from
@@ -79,6 +81,7 @@ class Turn:
     needed_s: float  # for the pages that it needs at the disk's rate
     decode: list[Generation]
     prefill: list[Generation]
+    disk_beside_memory: float  # bytes/s, while every core reads memory
     peak: int  # bytes of the cgroup
 
 
@@ -128,9 +131,11 @@ class Case:
                 needed = self.dense + self.expert * cold.paging["prefill"]["misses"]
                 ours.run(ours.prompts(1, SHORT, seed=2), WARM)
                 decode = self._generations(ours, "decode", SHORT, NEW, DECODES)
+                with memory_is_read(self.threads):
+                    beside = self._disk_rate()
                 ours.run(ours.prompts(1, LONG, seed=3), 1)
                 prefill = self._generations(ours, "prefill", LONG, 1, PREFILLS)
-            return Turn(start_s, cold.first_token_s, needed / rate, decode, prefill, limit.peak)
+            return Turn(start_s, cold.first_token_s, needed / rate, decode, prefill, beside, limit.peak)
 
     def _disk_rate(self) -> float:
         return best(disk_rates(self.model, 0.3))
@@ -225,6 +230,12 @@ def _tell(
         for phase in ("decode", "prefill"):
             for g in getattr(turn, phase):
                 report.line(f"round {i}, {phase:7}: {_line(g)}")
+    alone = median(g.disk for t in turns for g in t.decode)
+    beside = median(t.disk_beside_memory for t in turns)
+    report.line(
+        f"disk: {alone / 1e9:.2f} GB/s beside nothing, {beside / 1e9:.2f} while {case.threads} processes read memory, "
+        f"{beside / alone:.0%} of it"
+    )
     for phase, tokens in (("decode", 1), ("prefill", LONG)):
         counted = _counted(turns, phase)
         rate = median(tokens / g.seconds for g in counted)

@@ -144,7 +144,7 @@ def _latency(read: Read, nbytes: int, seconds: float) -> float:
 def huge_buffer(nbytes: int) -> memoryview:
     """Memory to read into, touched, in huge pages where the system has them: into small ones, a disk of a virtual
     machine gives little more than half its rate."""
-    mapped = mmap.mmap(-1, nbytes + 2 * HUGE_PAGE)
+    mapped = mmap.mmap(-1, nbytes + 2 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapped.madvise(mmap.MADV_HUGEPAGE)
     start = -ctypes.addressof(ctypes.c_char.from_buffer(mapped)) % HUGE_PAGE

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ciuic_runtime.devices import disk
 from ciuic_runtime.devices.disk import discover_disk, disk_fingerprint, measure_disk
@@ -138,6 +139,18 @@ def test_the_scratch_file_goes_even_when_writing_fails(tmp_path: Path, monkeypat
     assert limits.facts == {"not_measured": f"No space left on device in {tmp_path}"}
     assert not limits.measured
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what its memory is")
+def test_what_is_read_into_is_memory_of_this_process_alone() -> None:
+    """Shared memory is in small pages on most systems, whatever was asked for."""
+    buffer = torch.frombuffer(disk.huge_buffer(1 << 20), dtype=torch.uint8)
+    [line] = [
+        line
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if int(line.split("-")[0], 16) <= buffer.data_ptr() < int(line.split()[0].split("-")[1], 16)
+    ]
+    assert line.split()[1] == "rw-p", line
 
 
 def test_a_full_disk_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
