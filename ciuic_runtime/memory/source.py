@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from ciuic_runtime.memory._page_reader import PageReader
     from ciuic_runtime.models.packed_checkpoint import PackedCheckpoint
 
-# Eight threads that read half a megabyte at a time were as fast as any other number and size that were tried, and a
-# twentieth faster than whole pages (benchmarks/results, paging).
-IO_THREADS, PIECE_NBYTES = 8, 512 << 10
+# More threads wake more often beside kernels that have every core; fewer, or whole pages, leave a page that is waited for
+# behind others (benchmarks/results, paging).
+IO_THREADS, PIECE_NBYTES = 4, 1 << 20
 _LOOK = 0.25  # s between two looks at Ctrl-C while waiting
 
 
