@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ciuic_runtime.memory._page_reader import PageReader
     from ciuic_runtime.models.packed_checkpoint import PackedCheckpoint
 
-# More threads wake more often beside kernels that have every core; fewer, or whole pages, leave a page that is waited for
-# behind others (benchmarks/results, paging).
+# More threads wake more often beside kernels that have every core; fewer, or whole pages, leave a page that is waited
+# for behind others (benchmarks/results, paging).
 IO_THREADS, PIECE_NBYTES = 4, 1 << 20
 _LOOK = 0.25  # s between two looks at Ctrl-C while waiting
 
