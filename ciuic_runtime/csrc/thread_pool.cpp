@@ -42,6 +42,15 @@ void bind(std::thread& thread, int cpu) {
 #endif
 }
 
+// -1 where the system does not tell.
+int this_processor() {
+#ifdef __linux__
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
 // How many forks this process has come out of. It then has none of its parent's workers, and what they held at that
 // moment (a mutex, a place among those that wait) is held for ever.
 std::atomic<unsigned> forks{0};
@@ -75,7 +84,24 @@ struct ThreadPool::State {
     std::condition_variable wake;
     std::vector<std::thread> workers;
     std::vector<Scratch> scratch;
+    std::vector<int> homes;  // the processor of each thread; empty: the system chooses
+    int callers = -1;        // processor that the caller was last seen on
+    size_t displaced = 0;    // the thread whose home that is, and which is on the caller's meanwhile; 0: none
     const unsigned born = forks.load();
+
+    // Nothing binds the caller, who is Python's thread. After a wait for the disk it wakes up wherever the reader ran,
+    // which may be a worker's home, and many systems leave both there for milliseconds: they change places instead.
+    void make_way() {
+        const int here = this_processor();
+        if (here == callers) return;
+        callers = here;
+        size_t at = homes.size();
+        while (--at > 0 && homes[at] != here) {}
+        if (at == displaced) return;
+        if (displaced) bind(workers[displaced - 1], homes[displaced]);
+        if (at) bind(workers[at - 1], homes[0]);
+        displaced = at;
+    }
 
     void claim(uint64_t job, int thread) {
         for (;;) {
@@ -119,6 +145,7 @@ ThreadPool::ThreadPool(int threads, const std::vector<int>& cpus) : state_(new S
         state_->workers.emplace_back([this, i] { state_->work(i); });
         if (!cpus.empty()) bind(state_->workers.back(), cpus[i % cpus.size()]);
     }
+    if (threads <= static_cast<int>(cpus.size())) state_->homes.assign(cpus.begin(), cpus.begin() + threads);
 }
 
 ThreadPool::~ThreadPool() {
@@ -146,6 +173,7 @@ void ThreadPool::run(int64_t chunks, Body body, void* context) {
         for (int64_t c = 0; c < chunks; ++c) body(context, c, 0);
         return;
     }
+    if (!s.homes.empty()) s.make_way();
     // A late thread may still look at these fields; it then holds an older job's number and cannot claim anything: who
     // reads a new field has also seen the ticket that was stored before it.
     const uint64_t last = s.ticket.load(std::memory_order_relaxed) >> 32, job = (last + 1) & 0xffffffffu;

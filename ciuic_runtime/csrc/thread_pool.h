@@ -16,7 +16,8 @@ class ThreadPool {
   public:
     using Body = void (*)(void* context, int64_t chunk, int thread);
 
-    // `threads` in all, the caller being thread 0; worker i is bound to cpus[i % cpus.size()], or to none.
+    // `threads` in all, the caller being thread 0; worker i is bound to cpus[i % cpus.size()], or to none. Where each has
+    // one for itself, the worker whose processor the caller is on has that of thread 0 meanwhile.
     ThreadPool(int threads, const std::vector<int>& cpus);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;

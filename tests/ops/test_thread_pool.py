@@ -109,6 +109,27 @@ def threads_here() -> int:
     return len(os.listdir("/proc/self/task")) if Path("/proc/self/task").is_dir() else 0
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system binds no thread to a processor")
+def test_a_worker_makes_way_for_its_caller() -> None:
+    """Else both are on one processor, and the other has nothing to do."""
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("there is one processor")
+    first, second = sorted(allowed)[:2]
+    before = set(os.listdir("/proc/self/task"))
+    ops = native.Operators(SETS[0], native.ThreadPool(2, [first, second]))
+    [worker] = (int(thread) for thread in set(os.listdir("/proc/self/task")) - before)
+    w, x = weight("w4g128-t16", 2000, 128, 1), activations(1, 128, 2)
+    expected = run(operators(SETS[0]), w, x)
+    try:
+        for mine, its in ((first, second), (second, first), (first, second)):
+            os.sched_setaffinity(0, {mine})
+            assert same_bits(run(ops, w, x), expected)
+            assert os.sched_getaffinity(worker) == {its}
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 def test_operators_keep_their_pool() -> None:
     w, x = weight("w4g128-t16", 600, 128, 1), activations(2, 128, 2)
     ops = native.Operators(SETS[0], native.ThreadPool(3, []))
