@@ -9,7 +9,6 @@ disk's rates, one after the other as on one disk, or packed at the kernel's, whi
 from __future__ import annotations
 
 import argparse
-import mmap
 import os
 import shutil
 import statistics
@@ -22,6 +21,7 @@ import torch
 from machine import machine_line
 
 from ciuic_runtime.devices.backend import host_buffer
+from ciuic_runtime.devices.disk import huge_buffer
 from ciuic_runtime.devices.units import format_bytes, format_rate
 from ciuic_runtime.models.checkpoint import open_checkpoint
 from ciuic_runtime.models.layout import matrix_nbytes
@@ -95,7 +95,7 @@ def kernel_rate(layout: str, threads: int, rows: int = 2048, columns: int = 2048
 
 def read_rate(files: list[Path]) -> float:
     """Bytes/s of the first GiB of the source."""
-    done, buffer, start = 0, mmap.mmap(-1, BLOCK), time.perf_counter()
+    done, buffer, start = 0, huge_buffer(BLOCK), time.perf_counter()
     for path in files:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
         offset = 0
@@ -109,8 +109,8 @@ def read_rate(files: list[Path]) -> float:
 
 def write_rate(folder: Path) -> float:
     """Bytes/s of a GiB that does not compress, all of it on the disk."""
-    buffer = mmap.mmap(-1, BLOCK)
-    buffer.write(os.urandom(BLOCK))
+    buffer = huge_buffer(BLOCK)
+    buffer[:] = os.urandom(BLOCK)
     handle, name = tempfile.mkstemp(prefix=".ciuic-pack-", dir=folder)
     os.close(handle)
     direct = os.open(name, os.O_WRONLY | os.O_DIRECT)
