@@ -2,7 +2,7 @@
 page cache (O_DIRECT), at several depths. The best of them is what paging is measured against. And what it gives while
 every core reads memory, as kernels do: what a disk brings has to be written to the same memory.
 
-    python benchmarks/disk.py MODEL [--seconds 1]"""
+    python benchmarks/disk.py MODEL [--seconds 1] [--threads 2]"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ciuic_runtime.devices import disk
 from ciuic_runtime.devices.disk import discover_disk, disk_fingerprint, measure_disk
@@ -144,11 +144,12 @@ def test_the_scratch_file_goes_even_when_writing_fails(tmp_path: Path, monkeypat
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what its memory is")
 def test_what_is_read_into_is_memory_of_this_process_alone() -> None:
     """Shared memory is in small pages on most systems, whatever was asked for."""
-    buffer = torch.frombuffer(disk.huge_buffer(1 << 20), dtype=torch.uint8)
+    buffer = disk.huge_buffer(1 << 20)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
     [line] = [
         line
         for line in Path("/proc/self/maps").read_text().splitlines()
-        if int(line.split("-")[0], 16) <= buffer.data_ptr() < int(line.split()[0].split("-")[1], 16)
+        if int(line.split("-")[0], 16) <= address < int(line.split()[0].split("-")[1], 16)
     ]
     assert line.split()[1] == "rw-p", line
 
