@@ -15,7 +15,7 @@ import torch
 from ciuic_runtime.calibrate_paging import can_be_paged, measure_paging
 from ciuic_runtime.curves import can_be_calibrated, is_calibrated, kernels_of, load_calibration, store_curves
 from ciuic_runtime.devices.backends import open_backend
-from ciuic_runtime.devices.bandwidth import memory_rates
+from ciuic_runtime.devices.bandwidth import alike, memory_rate, memory_rates, usual_rate
 from ciuic_runtime.devices.limits import Limits, mean_limits, spread
 from ciuic_runtime.devices.measure import matrix_rates, torch_threads
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
@@ -53,6 +53,8 @@ CONTEXTS = (256, 1024, 4096)  # positions attended, for what grows with them
 SHORT = 16  # positions attended where that is not to count
 CHUNK = 512  # tokens of the prompt chunks that attend long contexts
 ROUNDS, LEAST_ROUNDS, SECONDS = 5, 3, 20.0  # as many as fit into the time
+LEAST_LONG = 2  # of a prompt's chunks that take most of the time
+MOST_SECONDS = 35.0  # where the memory's speed changes: until enough was timed at the one that it usually has
 MODEL_BYTES = 3 << 29  # of the model that is measured: the whole one, or a few of its layers
 
 
@@ -76,8 +78,31 @@ class Pass:
         return sum(tokens for tokens, _ in self.sequences)
 
     @property
+    def is_long(self) -> bool:
+        return self.tokens >= CHUNK
+
+    @property
+    def least(self) -> int:
+        """How often it is timed at least."""
+        return LEAST_LONG if self.is_long else LEAST_ROUNDS
+
+    @property
     def step(self) -> Step:
         return Step.of(self.phase, [(at, tokens) for tokens, at in self.sequences], len(self.sequences))
+
+
+@dataclass(frozen=True)
+class _Repetition:
+    """One pass as it was timed, between two looks at the memory."""
+
+    looks: tuple[float, float] | None  # bytes/s before and after; None: it cannot be looked at
+    seconds: Mapping[str, float]  # kind of task -> s per task
+    own: Mapping[str, float]  # BETWEEN (per task), ENDS, AROUND -> s
+    touched: float  # distinct experts per layer
+
+    def at(self, rate: float | None) -> bool:
+        """Whether the memory had this rate before and after."""
+        return rate is None or self.looks is None or all(alike(look, rate) for look in self.looks)
 
 
 @dataclass
@@ -90,6 +115,16 @@ class _Timed:
 
     def median(self, kind: str) -> float:
         return statistics.median(self.seconds[kind])
+
+    @classmethod
+    def of(cls, repetitions: Sequence[_Repetition]) -> _Timed:
+        found = cls(touched=[one.touched for one in repetitions])
+        for one in repetitions:
+            for kind, seconds in one.seconds.items():
+                found.seconds[kind].append(seconds)
+            for what, seconds in one.own.items():
+                found.own[what].append(seconds)
+        return found
 
 
 def measure_curves(
@@ -110,10 +145,14 @@ def measure_curves(
         kernels=kernels, max_model_len=longest, max_num_seqs=4, prefill_chunk=max(PROMPTS), paged=kernels != REFERENCE,
     ) as llm:  # fmt: skip
         before = _limits(device)
-        timed = _timed_passes(llm, _passes(spec, contexts, longest), seed, say)
+        timed, rate = _timed_passes(
+            llm, _passes(spec, contexts, longest), seed, say, lambda: memory_rate(device, threads)
+        )
         sampled = _timed_samples(llm)
         limits = mean_limits(before, _limits(device))
     [used] = with_threads(Topology((limits.on(device),)), threads).devices
+    if rate is not None:
+        used = replace(used, memory_bandwidth=rate)
     return tuple(_Fit(llm.model.graph, used, timed, sampled).curves())
 
 
@@ -121,8 +160,8 @@ def _limits(device: DeviceSpec) -> Limits:
     """Of the device at this moment: shares are of limits measured beside them, so that they are right on a busy machine
     too."""
     with torch_threads(device.cores):
-        rates, _ = matrix_rates(open_backend(device), 1.0)
-    return replace(memory_rates(device, 1.0), matrix_rates=rates)
+        rates, _ = matrix_rates(open_backend(device), 0.5)
+    return replace(memory_rates(device, 0.5), matrix_rates=rates)
 
 
 def measured_part(spec: ModelSpec, format: str) -> ModelSpec:
@@ -156,20 +195,36 @@ def _passes(spec: ModelSpec, contexts: Sequence[int], longest: int) -> list[Pass
     return passes
 
 
-def _timed_passes(llm: LLM, passes: Sequence[Pass], seed: int, say: Progress) -> dict[Pass, _Timed]:
-    """Every pass in turn, several rounds of all: a bad moment of the machine spoils one repetition of each."""
-    timed: dict[Pass, _Timed] = {one: _Timed() for one in passes}
+def _timed_passes(
+    llm: LLM, passes: Sequence[Pass], seed: int, say: Progress, look: Callable[[], float | None]
+) -> tuple[dict[Pass, _Timed], float | None]:
+    """Every pass in turn, several rounds of all: a bad moment of the machine spoils one repetition of each. Those count
+    that were timed while the memory was as fast as it usually is: that rate, and they."""
+    timed: dict[Pass, list[_Repetition]] = {one: [] for one in passes}
     generator = torch.Generator().manual_seed(seed)
-    begin = time.perf_counter()
-    for number in range(ROUNDS):
-        if number >= LEAST_ROUNDS and (time.perf_counter() - begin) * (number + 1) / number > SECONDS:
-            break
-        say(f"round {number + 1} of {ROUNDS} at most")
-        for one in passes:
-            for _ in range(1 if one.tokens > CHUNK else 2):  # the first brings caches and buffers into shape
+    begin, before, usual, wanted = time.perf_counter(), look(), None, list(passes)
+    while wanted:
+        say(f"round {max(map(len, timed.values())) + 1}: {len(wanted)} of {len(passes)} passes")
+        for one in wanted:
+            for _ in range(1 if one.is_long else 2):  # the first brings caches and buffers into shape
                 seconds = llm.run_pass(_chunks(llm, one, generator), one.phase)
-            _note(timed[one], llm, seconds)
-    return timed
+            after = look()
+            timed[one].append(_repetition(llm, seconds, (before, after) if before and after else None))
+            before = after
+        every = [look for found in timed.values() for one in found if one.looks for look in one.looks]
+        usual = usual_rate(every) if every else None
+        wanted = _wanted(timed, usual, time.perf_counter() - begin)
+    return {one: _Timed.of([r for r in found if r.at(usual)] or found) for one, found in timed.items()}, usual
+
+
+def _wanted(timed: Mapping[Pass, Sequence[_Repetition]], usual: float | None, seconds: float) -> list[Pass]:
+    """What is timed once more: everything as long as there is time, then what was rarely timed at the usual rate."""
+    rounds = max(map(len, timed.values()))
+    if rounds < ROUNDS and seconds * (rounds + 1) / rounds < SECONDS:
+        return list(timed)
+    if (lacking := [one for one, found in timed.items() if len(found) < one.least]) or seconds > MOST_SECONDS:
+        return lacking
+    return [one for one, found in timed.items() if sum(r.at(usual) for r in found) < one.least]
 
 
 def _chunks(llm: LLM, one: Pass, generator: torch.Generator) -> list[Chunk]:
@@ -184,21 +239,25 @@ def _chunks(llm: LLM, one: Pass, generator: torch.Generator) -> list[Chunk]:
     return chunks
 
 
-def _note(timed: _Timed, llm: LLM, whole: float) -> None:
+def _repetition(llm: LLM, whole: float, looks: tuple[float, float] | None) -> _Repetition:
     """What was recorded of a pass that took so many seconds."""
     trace = llm.trace
     tasks: Counter[str] = Counter(task.kind for task in llm.model.graph)
-    for kind, seconds in trace.seconds_by_kind(trace.steps[-1].phase).items():
-        if kind in tasks:
-            timed.seconds[kind].append(seconds / tasks[kind])
     step = trace.steps[-1]
+    by_kind = trace.seconds_by_kind(step.phase).items()
     first, last = min(e.start for e in trace.events), max(e.end for e in trace.events)
     between = last - first - sum(e.seconds for e in trace.events)
-    timed.own[BETWEEN].append(max(0.0, between) / len(llm.model.graph.tasks))
-    timed.own[ENDS].append(first - step.start + step.end - last)
-    timed.own[AROUND].append(whole - (step.end - step.start))
     assert step.step is not None
-    timed.touched.append(step.step.touched or 0.0)
+    return _Repetition(
+        looks,
+        {kind: seconds / tasks[kind] for kind, seconds in by_kind if kind in tasks},
+        {
+            BETWEEN: max(0.0, between) / len(llm.model.graph.tasks),
+            ENDS: first - step.start + step.end - last,
+            AROUND: whole - (step.end - step.start),
+        },
+        step.step.touched or 0.0,
+    )
 
 
 def _timed_samples(llm: LLM) -> dict[int, float]:

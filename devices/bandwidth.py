@@ -15,6 +15,8 @@ from ciuic_runtime.devices.spec import DeviceSpec
 
 WORKING_SET = 1 << 30  # bytes at most; large, so that caches do not help
 LEAST_WORKING_SET = 64 << 20  # bytes; with less free memory nothing is measured
+LOOK_NBYTES, LOOK_SECONDS = 128 << 20, 0.03  # of a look between two measurements of something else
+ALIKE = 0.1  # relative: looks at a memory whose speed has not changed
 WINDOWS = 5  # measured one after the other, for the median and the spread
 
 Reader = Callable[[int, int, float], Sequence[float]]  # (bytes, threads, seconds) -> bytes/s in each window
@@ -39,6 +41,27 @@ def memory_rates(spec: DeviceSpec, seconds: float) -> Limits:
     return Limits(
         memory_bandwidth=rates[spec.cores], memory_bandwidth_by_threads=rates, threads=spec.cores, facts=facts
     )
+
+
+def memory_rate(spec: DeviceSpec, threads: int) -> float | None:
+    """Bytes/s that so many threads read of a CPU's memory at this moment, by a short look; None where that cannot be
+    said. A virtual machine's memory may be by turns half as fast, for seconds: what is timed between two looks that
+    agree was timed at that rate."""
+    nbytes = min(working_set(spec), LOOK_NBYTES)
+    if not nbytes:
+        return None
+    read, _ = _reader(spec)
+    return statistics.median(read(nbytes, threads, LOOK_SECONDS))
+
+
+def usual_rate(rates: Sequence[float]) -> float:
+    """That of several looks which most others are like; of two the higher one."""
+    most = max(rates, key=lambda rate: (sum(alike(rate, other) for other in rates), rate))
+    return statistics.median(rate for rate in rates if alike(rate, most))
+
+
+def alike(one: float, other: float) -> bool:
+    return abs(one - other) <= ALIKE * max(one, other)
 
 
 def working_set(spec: DeviceSpec) -> int:

@@ -11,13 +11,28 @@ import pytest
 from configs import TINY_V3
 
 from ciuic_runtime import Model, plan
-from ciuic_runtime.calibrate import BATCHES, CONTEXTS, PROMPTS, Pass, _Fit, _passes, _Timed, curves_of, measured_part
+from ciuic_runtime.calibrate import (
+    BATCHES,
+    CONTEXTS,
+    PROMPTS,
+    ROUNDS,
+    Pass,
+    _Fit,
+    _passes,
+    _Repetition,
+    _Timed,
+    _timed_passes,
+    _wanted,
+    curves_of,
+    measured_part,
+)
 from ciuic_runtime.curves import can_be_calibrated, is_calibrated, load_calibration, store_curves
 from ciuic_runtime.devices import limits
 from ciuic_runtime.devices.limits import RATES, Limits
 from ciuic_runtime.devices.manager import DeviceManager
 from ciuic_runtime.devices.measure import fingerprint
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
+from ciuic_runtime.engine.llm import LLM
 from ciuic_runtime.models.config import load_spec, read_config
 from ciuic_runtime.models.graph import build_graph
 from ciuic_runtime.schedulers.calibration import (
@@ -87,6 +102,35 @@ def test_a_fit_gives_the_measured_times_back(format: str) -> None:
     assert fitted.around_pass(CPU) == pytest.approx(3e-4)
     assert fitted.sampling(CPU, Step.decode(9), graph) == pytest.approx(1e-4)
     assert fitted.sampling(CPU, Step.decode(9, batch=4), graph) == pytest.approx(3e-4)
+
+
+FAST, SLOW = 5e10, 3e10
+
+
+def repetition(*looks: float, seconds: float = 1.0) -> _Repetition:
+    return _Repetition(looks or None, {"mlp": seconds}, {BETWEEN: 0.0}, 0.0)
+
+
+def test_what_was_timed_at_another_speed_of_the_memory_is_timed_again() -> None:
+    decode, long = Pass.decode(1, 16), Pass.prompt(512)
+    mixed = [repetition(FAST, FAST), repetition(FAST, SLOW), repetition(SLOW, SLOW)]
+    timed = {decode: mixed, long: [repetition(FAST, FAST)] * 2}
+    assert _wanted(timed, FAST, 18.0) == [decode]
+    assert _wanted(timed, FAST, 3.0) == [decode, long], "there is time for all"
+    assert _wanted(timed, FAST, 40.0) == [], "there is time for none"
+    assert _wanted({decode: mixed[:1], long: mixed[:1]}, FAST, 40.0) == [decode, long], "so few are too few"
+    assert _wanted({decode: [repetition()] * 3}, None, 18.0) == [], "a memory that cannot be looked at"
+
+
+def test_passes_count_that_were_timed_while_the_memory_was_as_it_usually_is(
+    tiny_int4: Path,
+) -> None:
+    looks = iter([FAST, FAST, SLOW, *[FAST] * 100])  # the second pass of the first round, and the third
+    decode, prompt, last = Pass.decode(1, 16), Pass.prompt(4), Pass.prompt(8)
+    with LLM(tiny_int4, max_num_seqs=4) as llm:
+        timed, rate = _timed_passes(llm, [decode, prompt, last], 0, lambda what: None, lambda: next(looks))
+    assert rate == FAST
+    assert [len(timed[one].touched) for one in (decode, prompt, last)] == [ROUNDS, ROUNDS - 1, ROUNDS - 1]
 
 
 def test_between_points_shares_are_interpolated_in_log_space_and_beyond_them_held() -> None:

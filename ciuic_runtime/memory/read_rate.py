@@ -58,6 +58,13 @@ class PageStream:
                 done += self.nbytes
         return done
 
+    def rate(self, seconds: float) -> float:
+        """Bytes/s of at least one page."""
+        start = time.perf_counter()
+        left = iter([True])
+        done = self.run(lambda: next(left, False) or time.perf_counter() - start < seconds)
+        return done / (time.perf_counter() - start)
+
     def _ask(self, slot: torch.Tensor) -> None:
         page = self.pages[self._asked % len(self.pages)]
         file, offset = self._store.file_of(page), self._store.offset(page)
@@ -83,18 +90,10 @@ def read_rate(folder: str | Path) -> ReadRate | None:
     stream = PageStream(folder)
     try:
         seconds = min(SECONDS, 4 * len(stream.pages) * stream.nbytes / USUAL) / WINDOWS
-        bandwidth = statistics.median(_window(stream, seconds) for _ in range(WINDOWS))
+        bandwidth = statistics.median(stream.rate(seconds) for _ in range(WINDOWS))
         return ReadRate(bandwidth, _taken(stream) if seconds * WINDOWS >= LEAST_SECONDS else 0.0)
     finally:
         stream.close()
-
-
-def _window(stream: PageStream, seconds: float) -> float:
-    """bytes/s of at least one page."""
-    start = time.perf_counter()
-    left = iter([True])
-    done = stream.run(lambda: next(left, False) or time.perf_counter() - start < seconds)
-    return done / (time.perf_counter() - start)
 
 
 def _taken(stream: PageStream) -> float:

@@ -129,6 +129,22 @@ def test_a_set_that_the_cache_may_hold_is_labelled(spec: DeviceSpec) -> None:
     assert "bandwidth_note" not in bandwidth.memory_rates(replace(spec, cache_bytes={"L3": MIB}), 0.05).facts
 
 
+def test_the_usual_rate_is_that_of_most_looks_and_of_two_the_higher() -> None:
+    assert bandwidth.usual_rate([57e9, 33e9, 34e9, 33e9, 56e9]) == 33e9
+    assert bandwidth.usual_rate([33e9, 57e9]) == 57e9
+    assert bandwidth.usual_rate([5e9]) == 5e9
+    assert bandwidth.alike(57e9, 52e9)
+    assert bandwidth.alike(52e9, 57e9)
+    assert not bandwidth.alike(57e9, 51e9)
+
+
+def test_a_look_at_the_memory(spec: DeviceSpec) -> None:
+    rate = bandwidth.memory_rate(spec, 1)
+    assert rate is not None
+    assert 1e8 < rate < 1e13
+    assert bandwidth.memory_rate(replace(spec, memory_free_bytes=100 * MIB), 1) is None
+
+
 def test_spread() -> None:
     assert spread([5.0]) == 0.0
     assert spread([1.0, 1.0, 1.0]) == 0.0
