@@ -7,7 +7,8 @@
 FOLDER holds the models, which are made where they are missing. A virtual machine's memory may be by turns half as fast,
 for seconds, so a run is looked at in stretches: its prompts, then every eight passes. A stretch is void if what memory
 or disk gave moved by more than 5 % between before and after it, or lay more than 10 % off what the forecast takes them
-to give; a configuration counts if two prompts and 24 passes did. How much was void is said, and what all come to.
+to give, which each round waits for, for a while. A configuration counts if two prompts and 24 passes did. How much was
+void is said, and what all come to.
 
 Where paging is forced, the naive plan (experts by LRU, read when they are needed) is run in the same way."""
 
@@ -20,8 +21,9 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -40,6 +42,7 @@ MOST_CHANGE = 0.05  # between before and after
 MOST_OFF = 0.1  # either of them, of what the forecast rests on: else the machine is another one at that moment
 MEDIAN_GOAL, WORST_GOAL = 0.10, 0.20
 LEAST_ROUNDS, MOST_ROUNDS = 2, 8
+MOST_WAIT = 30.0  # s, before a round, for a machine like that which the forecast is of
 LEAST_PROMPTS, LEAST_PASSES = 2, 24  # that count, of a configuration that counts
 STRETCH = 8  # passes that decode between two looks at the memory
 LOOKS, LOOK_SECONDS = 5, 0.12  # at the disk; the best of as many counts for multiplication, which varies little
@@ -232,6 +235,7 @@ def _measured(case: Case, folder: Path, then: dict[str, Any], **settings: Any) -
         if case.memory:
             _round(llm, work, disk, -1)  # fills the memory: forecasts are of what comes then
         for number in range(MOST_ROUNDS):
+            _await(lambda: _same(_memory_rate(llm), then["memory"], MOST_OFF))
             found += _round(llm, work, disk, number)
             if number + 1 >= LEAST_ROUNDS and _is_enough([s for s in found if s.counts(then)], work):
                 break
@@ -267,6 +271,13 @@ def _round(llm: ciuic.LLM, work: ciuic.Workload, disk: PageStream | None, number
                 Stretch((one, other), (before, after) if before and after else None, dict(tokens), dict(seconds))
             )
     return found
+
+
+def _await(is_so: Callable[[], bool]) -> None:
+    """For a while."""
+    since = time.perf_counter()
+    while not is_so() and time.perf_counter() - since < MOST_WAIT:
+        time.sleep(0.5)
 
 
 def _is_enough(steady: list[Stretch], work: ciuic.Workload) -> bool:

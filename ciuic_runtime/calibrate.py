@@ -54,6 +54,7 @@ SHORT = 16  # positions attended where that is not to count
 CHUNK = 512  # tokens of the prompt chunks that attend long contexts
 ROUNDS, LEAST_ROUNDS, SECONDS = 5, 3, 20.0  # as many as fit into the time
 LEAST_LONG = 2  # of a prompt's chunks that take most of the time
+RUNS = 3  # of a pass that is not long, the middle of which is a repetition
 MOST_SECONDS = 35.0  # where the memory's speed changes: until enough was timed at the one that it usually has
 MODEL_BYTES = 3 << 29  # of the model that is measured: the whole one, or a few of its layers
 
@@ -93,12 +94,22 @@ class Pass:
 
 @dataclass(frozen=True)
 class _Repetition:
-    """One pass as it was timed, between two looks at the memory."""
+    """A pass as it was timed, between two looks at the memory."""
 
-    looks: tuple[float, float] | None  # bytes/s before and after; None: it cannot be looked at
     seconds: Mapping[str, float]  # kind of task -> s per task
     own: Mapping[str, float]  # BETWEEN (per task), ENDS, AROUND -> s
     touched: float  # distinct experts per layer
+    looks: tuple[float, float] | None = None  # bytes/s before and after; None: the memory cannot be looked at
+
+    @classmethod
+    def middle(cls, runs: Sequence[_Repetition], looks: tuple[float, float] | None) -> _Repetition:
+        """Of several runs of the pass."""
+
+        def medians(every: Sequence[Mapping[str, float]]) -> dict[str, float]:
+            return {what: statistics.median(one[what] for one in every) for what in every[0]}
+
+        touched = statistics.mean(run.touched for run in runs)
+        return cls(medians([r.seconds for r in runs]), medians([r.own for r in runs]), touched, looks)
 
     def at(self, rate: float | None) -> bool:
         """Whether the memory had this rate before and after."""
@@ -206,10 +217,10 @@ def _timed_passes(
     while wanted:
         say(f"round {max(map(len, timed.values())) + 1}: {len(wanted)} of {len(passes)} passes")
         for one in wanted:
-            for _ in range(1 if one.is_long else 2):  # the first brings caches and buffers into shape
-                seconds = llm.run_pass(_chunks(llm, one, generator), one.phase)
+            runs = [_run(llm, one, generator) for _ in range(1 if one.is_long else 1 + RUNS)]
             after = look()
-            timed[one].append(_repetition(llm, seconds, (before, after) if before and after else None))
+            # The first of several brings caches and buffers into shape.
+            timed[one].append(_Repetition.middle(runs[-RUNS:], (before, after) if before and after else None))
             before = after
         every = [look for found in timed.values() for one in found if one.looks for look in one.looks]
         usual = usual_rate(every) if every else None
@@ -239,8 +250,9 @@ def _chunks(llm: LLM, one: Pass, generator: torch.Generator) -> list[Chunk]:
     return chunks
 
 
-def _repetition(llm: LLM, whole: float, looks: tuple[float, float] | None) -> _Repetition:
-    """What was recorded of a pass that took so many seconds."""
+def _run(llm: LLM, one: Pass, generator: torch.Generator) -> _Repetition:
+    """A pass, and what was recorded of it."""
+    whole = llm.run_pass(_chunks(llm, one, generator), one.phase)
     trace = llm.trace
     tasks: Counter[str] = Counter(task.kind for task in llm.model.graph)
     step = trace.steps[-1]
@@ -249,7 +261,6 @@ def _repetition(llm: LLM, whole: float, looks: tuple[float, float] | None) -> _R
     between = last - first - sum(e.seconds for e in trace.events)
     assert step.step is not None
     return _Repetition(
-        looks,
         {kind: seconds / tasks[kind] for kind, seconds in by_kind if kind in tasks},
         {
             BETWEEN: max(0.0, between) / len(llm.model.graph.tasks),

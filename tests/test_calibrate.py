@@ -108,7 +108,7 @@ FAST, SLOW = 5e10, 3e10
 
 
 def repetition(*looks: float, seconds: float = 1.0) -> _Repetition:
-    return _Repetition(looks or None, {"mlp": seconds}, {BETWEEN: 0.0}, 0.0)
+    return _Repetition({"mlp": seconds}, {BETWEEN: 0.0}, 2 * seconds, looks or None)
 
 
 def test_what_was_timed_at_another_speed_of_the_memory_is_timed_again() -> None:
@@ -120,6 +120,11 @@ def test_what_was_timed_at_another_speed_of_the_memory_is_timed_again() -> None:
     assert _wanted(timed, FAST, 40.0) == [], "there is time for none"
     assert _wanted({decode: mixed[:1], long: mixed[:1]}, FAST, 40.0) == [decode, long], "so few are too few"
     assert _wanted({decode: [repetition()] * 3}, None, 18.0) == [], "a memory that cannot be looked at"
+
+
+def test_a_repetition_is_the_middle_of_some_runs() -> None:
+    found = _Repetition.middle([repetition(seconds=s) for s in (1.0, 9.0, 2.0)], (FAST, SLOW))
+    assert (found.seconds["mlp"], found.touched, found.looks) == (2.0, 8.0, (FAST, SLOW))
 
 
 def test_passes_count_that_were_timed_while_the_memory_was_as_it_usually_is(
