@@ -7,8 +7,8 @@
 FOLDER holds the models, which are made where they are missing. A virtual machine's memory may be by turns half as fast,
 for seconds, so a run is looked at in stretches: its prompts, then every eight passes. A stretch is void if what memory
 or disk gave moved by more than 5 % between before and after it, or lay more than 10 % off what the forecast takes them
-to give, which each round waits for, for a while. A configuration counts if two prompts and 24 passes did. How much was
-void is said, and what all come to.
+to give, which each round waits for, for a while. A rate counts if two prompts did, or 24 passes that decode. How much
+was void is said, and what all come to.
 
 Where paging is forced, the naive plan (experts by LRU, read when they are needed) is run in the same way."""
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -41,13 +42,14 @@ from ciuic_runtime.memory.read_rate import PageStream
 MOST_CHANGE = 0.05  # between before and after
 MOST_OFF = 0.1  # either of them, of what the forecast rests on: else the machine is another one at that moment
 MEDIAN_GOAL, WORST_GOAL = 0.10, 0.20
-LEAST_ROUNDS, MOST_ROUNDS = 2, 8
-MOST_WAIT = 30.0  # s, before a round, for a machine like that which the forecast is of
+LEAST_ROUNDS, MOST_ROUNDS, NAIVE_ROUNDS = 2, 6, 3
+MOST_WAIT = 15.0  # s, before a round, for a machine like that which the forecast is of
 LEAST_PROMPTS, LEAST_PASSES = 2, 24  # that count, of a configuration that counts
 STRETCH = 8  # passes that decode between two looks at the memory
-LOOKS, LOOK_SECONDS = 5, 0.12  # at the disk; the best of as many counts for multiplication, which varies little
+LOOKS, LOOK_SECONDS = 8, 0.15  # at the disk; the best of as many counts for multiplication, which varies little
 PLANS = 5  # at most, of one configuration
 NAIVE = {"cache_policy": "lru", "lookahead": 0}
+PHASES = ("prefill", "decode")
 CIUIC = Path(sys.executable).with_name("ciuic")
 
 
@@ -63,6 +65,10 @@ class Case:
     batch: int = 1
     threads: int = 2
     memory: str = ""  # budget; "": everything fits
+
+    @property
+    def work(self) -> ciuic.Workload:
+        return ciuic.Workload(self.prompt_tokens, self.max_tokens, self.batch)
 
 
 CASES = (
@@ -108,6 +114,7 @@ def main() -> None:
     running = commands.add_parser("run")
     running.add_argument("folder", type=Path)
     running.add_argument("file", type=Path)
+    running.add_argument("--only", nargs="*", help="names of cases; default: all of the file")
     reporting = commands.add_parser("report")
     reporting.add_argument("into", type=Path)
     reporting.add_argument("--out", type=Path)
@@ -115,7 +122,7 @@ def main() -> None:
     if args.command == "predict":
         print(predict(args.folder, args.into, _chosen(args), args.calibrate))
     elif args.command == "run":
-        run(args.folder, args.file)
+        run(args.folder, args.file, args.only)
     else:
         text = report(args.into)
         print(text)
@@ -124,7 +131,7 @@ def main() -> None:
 
 
 def _chosen(args: argparse.Namespace) -> list[Case]:
-    done = {r["case"]["name"] for r in _runs(args.into) if not r["void"]} if args.missing else set()
+    done = {o.case.name for o in _outcomes(args.into) if all(map(o.counts, PHASES))} if args.missing else set()
     return [case for case in CASES if (not args.only or case.name in args.only) and case.name not in done]
 
 
@@ -169,13 +176,12 @@ def _calibrated(model: Path, threads: int, fresh: bool) -> float:
 def _forecast(case: Case, folder: Path) -> tuple[dict[str, Any], float | None]:
     """By the planner alone, no model is opened but for its config; and the disk's rate as the plan has it. Made again
     where several looks at the disk say that the planner's own one met a bad moment."""
-    work = ciuic.Workload(case.prompt_tokens, case.max_tokens, case.batch)
     budget = {"cpu": parse_bytes(case.memory)} if case.memory else {}
     with _disk_of(case, folder) as disk:
         for _ in range(PLANS):
             here = ciuic.DeviceManager(path=None)
             plan = ciuic.plan(
-                ciuic.Model(str(folder / case.model)), here, workload=work, memory=budget, threads=case.threads
+                ciuic.Model(str(folder / case.model)), here, workload=case.work, memory=budget, threads=case.threads
             )
             rate = plan.topology.device(plan.paging.disk).memory_bandwidth if plan.paging else None
             if rate is None or _same(rate, _disk_rate(disk) or rate):
@@ -186,22 +192,24 @@ def _forecast(case: Case, folder: Path) -> tuple[dict[str, Any], float | None]:
 # After
 
 
-def run(folder: Path, file: Path) -> None:
-    """Every case of a file of predictions, which must be committed as it is."""
+def run(folder: Path, file: Path, only: list[str] | None) -> None:
+    """The cases of a file of predictions, which must be committed as it is."""
     commit = _commit_of(file)
     for one in json.loads(file.read_text())["cases"]:
         case, then = Case(**one["case"]), one["limits"]
+        if only and case.name not in only:
+            continue
         before = _multiplication(case.threads)
-        ours = _measured(case, folder, then)
-        naive = _measured(case, folder, then, **NAIVE) if case.memory else None
-        result = {
+        ours = _measured(case, folder, MOST_ROUNDS, then)
+        naive = _measured(case, folder, NAIVE_ROUNDS, **NAIVE) if case.memory else []
+        kept = {
             "case": one["case"], "commit": commit, "file": file.name, "predicted": one["predicted"], "then": then,
-            "actual": ours, "naive": naive, "multiplication": (before, _multiplication(case.threads)),
+            "multiplication": (before, _multiplication(case.threads)),
+            "ours": [asdict(s) for s in ours], "naive": [asdict(s) for s in naive],
         }  # fmt: skip
-        result["void"] = why_void(result)
         with (file.parent / "runs.jsonl").open("a") as runs:
-            runs.write(json.dumps(result) + "\n")
-        print(_line(result), flush=True)
+            runs.write(json.dumps(kept) + "\n")
+        print(Outcome(kept), flush=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,28 +231,25 @@ def _same(one: float, other: float, most: float = MOST_CHANGE) -> bool:
     return abs(one / other - 1) <= most
 
 
-def _measured(case: Case, folder: Path, then: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    """Rounds, until enough passes count or time is up."""
-    work = ciuic.Workload(case.prompt_tokens, case.max_tokens, case.batch)
+def _measured(
+    case: Case, folder: Path, rounds: int, then: dict[str, Any] | None = None, **settings: Any
+) -> list[Stretch]:
+    """So many rounds; of fewer, if enough of them counts as `then`, which each one waits for."""
     budget = {"cpu": case.memory} if case.memory else {}
     found: list[Stretch] = []
     with (
-        ciuic.LLM(folder / case.model, threads=case.threads, memory=budget, workload=work, **settings) as llm,
+        ciuic.LLM(folder / case.model, threads=case.threads, memory=budget, workload=case.work, **settings) as llm,
         _disk_of(case, folder) as disk,
     ):
         if case.memory:
-            _round(llm, work, disk, -1)  # fills the memory: forecasts are of what comes then
-        for number in range(MOST_ROUNDS):
-            _await(lambda: _same(_memory_rate(llm), then["memory"], MOST_OFF))
-            found += _round(llm, work, disk, number)
-            if number + 1 >= LEAST_ROUNDS and _is_enough([s for s in found if s.counts(then)], work):
+            _round(llm, case.work, disk, -1)  # fills the memory: forecasts are of what comes then
+        for number in range(rounds):
+            if then:
+                _await(lambda: _same(_memory_rate(llm), then["memory"], MOST_OFF))
+            found += _round(llm, case.work, disk, number)
+            if then and number + 1 >= LEAST_ROUNDS and all(_is_enough(found, p, case, then) for p in PHASES):
                 break
-    steady = [s for s in found if s.counts(then)]
-    return {
-        "prefill": _rate(steady, "prefill"), "decode": _rate(steady, "decode"), "enough": _is_enough(steady, work),
-        "whatever": {phase: _rate(found, phase) for phase in ("prefill", "decode")},
-        "counted": len(steady), "stretches": [asdict(s) for s in found],
-    }  # fmt: skip
+    return found
 
 
 def _round(llm: ciuic.LLM, work: ciuic.Workload, disk: PageStream | None, number: int) -> list[Stretch]:
@@ -280,15 +285,15 @@ def _await(is_so: Callable[[], bool]) -> None:
         time.sleep(0.5)
 
 
-def _is_enough(steady: list[Stretch], work: ciuic.Workload) -> bool:
-    prompts = sum(s.tokens.get("prefill", 0) for s in steady) / (work.batch * work.prompt_tokens)
-    passes = sum(s.tokens.get("decode", 0) for s in steady) / work.batch
-    return prompts >= LEAST_PROMPTS and passes >= LEAST_PASSES
+def _is_enough(found: list[Stretch], phase: str, case: Case, then: dict[str, Any]) -> bool:
+    tokens = sum(s.tokens.get(phase, 0) for s in found if s.counts(then))
+    return tokens >= case.batch * (LEAST_PASSES if phase == "decode" else LEAST_PROMPTS * case.prompt_tokens)
 
 
-def _rate(stretches: list[Stretch], phase: str) -> float | None:
+def _rate(stretches: list[Stretch], phase: str) -> float:
+    """Tokens/s; NaN where there are none."""
     seconds = sum(s.seconds.get(phase, 0.0) for s in stretches)
-    return sum(s.tokens.get(phase, 0) for s in stretches) / seconds if seconds else None
+    return sum(s.tokens.get(phase, 0) for s in stretches) / seconds if seconds else math.nan
 
 
 def _memory_rate(llm: ciuic.LLM) -> float:
@@ -327,82 +332,88 @@ def _commit_of(file: Path) -> str:
     return found.strip()
 
 
-def why_void(result: dict[str, Any]) -> str:
-    """ "" for a run that counts."""
-    one, other = result["multiplication"]
-    if not _same(one, other):
-        return f"multiplication {other / one - 1:+.0%}"
-    if not result["actual"]["enough"]:
-        return f"{result['actual']['counted']} of {len(result['actual']['stretches'])} stretches count"
-    return ""
-
-
 # Report
 
 
-def _runs(into: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Outcome:
+    """What is kept of a configuration's forecast and runs."""
+
+    kept: dict[str, Any]
+
+    @property
+    def case(self) -> Case:
+        return Case(**self.kept["case"])
+
+    @property
+    def ours(self) -> list[Stretch]:
+        return [Stretch(**s) for s in self.kept["ours"]]
+
+    @property
+    def steady(self) -> list[Stretch]:
+        return [s for s in self.ours if s.counts(self.kept["then"])]
+
+    def counts(self, phase: str) -> bool:
+        return _same(*self.kept["multiplication"]) and _is_enough(self.ours, phase, self.case, self.kept["then"])
+
+    def measured(self, phase: str) -> float:
+        """Tokens/s of the stretches that count, where there are enough, else of all."""
+        return _rate(self.steady if self.counts(phase) else self.ours, phase)
+
+    def error(self, phase: str) -> float:
+        """Relative: forecast / measured - 1."""
+        return float(self.kept["predicted"][f"{phase}_tokens_per_s"] / self.measured(phase) - 1)
+
+    @property
+    def gain(self) -> float | None:
+        """Our decode rate over the naive plan's, of all stretches of both."""
+        naive = [Stretch(**s) for s in self.kept["naive"]]
+        return _rate(self.ours, "decode") / _rate(naive, "decode") if naive else None
+
+    def __str__(self) -> str:
+        rates = (
+            f"{phase} {self.kept['predicted'][f'{phase}_tokens_per_s']:6.4g} -> {self.measured(phase):6.4g} "
+            f"({self.error(phase):+.0%}{'' if self.counts(phase) else ', void'})"
+            for phase in PHASES
+        )
+        naive = f", {self.gain:.2f} x naive" if self.gain else ""
+        return (
+            f"{self.kept['commit']} {self.case.name:<40} {'   '.join(f'{rate:<38}' for rate in rates)}"
+            f"{len(self.steady)} of {len(self.ours)} stretches{naive}"
+        )
+
+
+def _outcomes(into: Path) -> list[Outcome]:
     file = into / "runs.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def errors(result: dict[str, Any]) -> Iterator[float]:
-    """Relative errors of the prefill and the decode rate: forecast / actual - 1. Of a void run: of all its passes."""
-    actual = result["actual"]["whatever"] if result["void"] else result["actual"]
-    for phase in ("prefill", "decode"):
-        yield result["predicted"][f"{phase}_tokens_per_s"] / actual[phase] - 1
-
-
-def gain(result: dict[str, Any]) -> float | None:
-    """Our decode rate over the naive plan's, of passes that count where both have enough of them."""
-    ours, naive = result["actual"], result["naive"]
-    if naive is None:
-        return None
-    if ours["enough"] and naive["enough"]:
-        return float(ours["decode"] / naive["decode"])
-    return float(ours["whatever"]["decode"] / naive["whatever"]["decode"])
-
-
-def _line(r: dict[str, Any]) -> str:
-    p, actual = r["predicted"], r["actual"]
-    a = actual["whatever"] if r["void"] else actual
-    prefill, decode = errors(r)
-    naive = f"  {gain(r):.2f} x naive" if r["naive"] else ""
-    verdict = f"void: {r['void']}" if r["void"] else f"{actual['counted']} of {len(actual['stretches'])} stretches"
-    return (
-        f"{r['case']['name']:<40} prefill {p['prefill_tokens_per_s']:7.4g} -> {a['prefill']:7.4g} ({prefill:+.0%})   "
-        f"decode {p['decode_tokens_per_s']:6.4g} -> {a['decode']:6.4g} ({decode:+.0%}){naive}   {verdict}"
-    )
+    return [Outcome(json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def report(into: Path) -> str:
-    runs = _runs(into)
-    counting: dict[str, dict[str, Any]] = {}
-    for one in runs:
-        if not one["void"]:
-            counting.setdefault(one["case"]["name"], one)  # the first that counts: no choice among several
-    found = [abs(e) for r in counting.values() for e in errors(r)]
-    every = [abs(r["predicted"][f"{phase}_tokens_per_s"] / r["actual"]["whatever"][phase] - 1)
-             for r in runs for phase in ("prefill", "decode")]  # fmt: skip
-    voids, gains = [r for r in runs if r["void"]], [g for r in runs if (g := gain(r)) is not None]
-    stretches, counted = (sum(f(r["actual"]) for r in runs) for f in (lambda a: len(a["stretches"]), _counted))
+    every = _outcomes(into)
+    counting: dict[tuple[str, str], Outcome] = {}
+    for one in every:
+        for phase in filter(one.counts, PHASES):
+            counting.setdefault((one.case.name, phase), one)  # the first that counts: no choice among several
+    found = [abs(one.error(phase)) for (_, phase), one in counting.items()]
+    rates = [abs(one.error(phase)) for one in every for phase in PHASES]
+    gains = [one.gain for one in every if one.gain]
+    stretches, steady = (sum(len(s) for s in kind) for kind in zip(*((o.ours, o.steady) for o in every), strict=True))
+    both = sum(all((case.name, phase) in counting for phase in PHASES) for case in CASES)
     lines = [
         machine_line(),
-        f"{len(counting)} of {len(CASES)} configurations with a run that counts; {len(voids)} of {len(runs)} runs "
-        f"void, {stretches - counted} of {stretches} stretches",
+        f"{both} of {len(CASES)} configurations of which both rates count, {len(found)} rates in all; "
+        f"void: {len(rates) - sum(o.counts(p) for o in every for p in PHASES)} of {len(rates)} rates, "
+        f"{stretches - steady} of {stretches} stretches",
         *([f"what counts: median error {statistics.median(found):.1%} (goal {MEDIAN_GOAL:.0%}), worst {max(found):.1%} "
            f"(goal {WORST_GOAL:.0%})"] if found else []),
-        f"all passes of all runs, void ones too: median error {statistics.median(every):.1%}, worst {max(every):.1%}",
+        f"void rates too, of all their stretches: median error {statistics.median(rates):.1%}, worst {max(rates):.1%}",
         *([f"paging forced, {len(gains)} runs: decode {min(gains):.2f} to {max(gains):.2f} x the naive plan"]
           if gains else []),
         "",
-        "forecast -> measured tokens/s; commit of the forecast",
-        *(f"{r['commit']} {_line(r)}" for r in runs),
+        "commit of the forecast; forecast -> measured tokens/s",
+        *map(str, every),
     ]  # fmt: skip
     return "\n".join(lines)
-
-
-def _counted(actual: dict[str, Any]) -> int:
-    return int(actual["counted"])
 
 
 if __name__ == "__main__":
