@@ -5,26 +5,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from ciuic_runtime.calibrate_paging import can_be_paged, measure_paging
 from ciuic_runtime.curves import can_be_calibrated, is_calibrated, kernels_of, load_calibration, store_curves
 from ciuic_runtime.devices.backends import open_backend
-from ciuic_runtime.devices.bandwidth import alike, memory_rate, memory_rates, usual_rate
+from ciuic_runtime.devices.bandwidth import memory_rate, memory_rates
 from ciuic_runtime.devices.limits import Limits, mean_limits, spread
 from ciuic_runtime.devices.measure import matrix_rates, torch_threads
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.devices.threads import with_threads
 from ciuic_runtime.engine.llm import LLM
 from ciuic_runtime.engine.sampling import SamplingParams
-from ciuic_runtime.memory.kv_cache import blocks_for
 from ciuic_runtime.model import Model
-from ciuic_runtime.models.batch import Chunk
 from ciuic_runtime.models.graph import build_graph
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.models.synthetic import SyntheticCheckpoint
@@ -43,99 +39,10 @@ from ciuic_runtime.schedulers.calibration import (
     size_of,
 )
 from ciuic_runtime.schedulers.cost import CostModel, parts
-from ciuic_runtime.schedulers.graph import PHASES, Phase, Step, Task, TaskGraph
+from ciuic_runtime.schedulers.graph import PHASES, Task, TaskGraph
+from ciuic_runtime.timed_passes import CONTEXTS, PROMPTS, SHORT, Pass, Progress, Timed, passes_of, time_passes
 
-Progress = Callable[[str], None]
-
-BATCHES = (1, 2, 3, 4, 6, 8, 16, 32, 64)  # sequences that decode at once
-PROMPTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens of a prompt's chunk
-CONTEXTS = (256, 1024, 4096)  # positions attended, for what grows with them
-SHORT = 16  # positions attended where that is not to count
-CHUNK = 512  # tokens of the prompt chunks that attend long contexts
-ROUNDS, LEAST_ROUNDS, SECONDS = 5, 3, 20.0  # as many as fit into the time
-LEAST_LONG = 2  # of a prompt's chunks that take most of the time
-RUNS = 3  # of a pass that is not long, the middle of which is a repetition
-MOST_SECONDS = 35.0  # where the memory's speed changes: until enough was timed at the one that it usually has
 MODEL_BYTES = 3 << 29  # of the model that is measured: the whole one, or a few of its layers
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """One pass that is timed: sequences as (new tokens, position of the first)."""
-
-    phase: Phase
-    sequences: tuple[tuple[int, int], ...]
-
-    @staticmethod
-    def decode(batch: int, context: int) -> Pass:
-        return Pass("decode", ((1, context - 1),) * batch)
-
-    @staticmethod
-    def prompt(tokens: int, start: int = 0) -> Pass:
-        return Pass("prefill", ((tokens, start),))
-
-    @property
-    def tokens(self) -> int:
-        return sum(tokens for tokens, _ in self.sequences)
-
-    @property
-    def is_long(self) -> bool:
-        return self.tokens >= CHUNK
-
-    @property
-    def least(self) -> int:
-        """How often it is timed at least."""
-        return LEAST_LONG if self.is_long else LEAST_ROUNDS
-
-    @property
-    def step(self) -> Step:
-        return Step.of(self.phase, [(at, tokens) for tokens, at in self.sequences], len(self.sequences))
-
-
-@dataclass(frozen=True)
-class _Repetition:
-    """A pass as it was timed, between two looks at the memory."""
-
-    seconds: Mapping[str, float]  # kind of task -> s per task
-    own: Mapping[str, float]  # BETWEEN (per task), ENDS, AROUND -> s
-    touched: float  # distinct experts per layer
-    looks: tuple[float, float] | None = None  # bytes/s before and after; None: the memory cannot be looked at
-
-    @classmethod
-    def middle(cls, runs: Sequence[_Repetition], looks: tuple[float, float] | None) -> _Repetition:
-        """Of several runs of the pass."""
-
-        def medians(every: Sequence[Mapping[str, float]]) -> dict[str, float]:
-            return {what: statistics.median(one[what] for one in every) for what in every[0]}
-
-        touched = statistics.mean(run.touched for run in runs)
-        return cls(medians([r.seconds for r in runs]), medians([r.own for r in runs]), touched, looks)
-
-    def at(self, rate: float | None) -> bool:
-        """Whether the memory had this rate before and after."""
-        return rate is None or self.looks is None or all(alike(look, rate) for look in self.looks)
-
-
-@dataclass
-class _Timed:
-    """What the repetitions of one pass took: seconds per task of each operator, and of what is no task's."""
-
-    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # kind of task -> s per task
-    own: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # BETWEEN (per task), ENDS, AROUND
-    touched: list[float] = field(default_factory=list)  # distinct experts per layer
-
-    def median(self, kind: str) -> float:
-        return statistics.median(self.seconds[kind])
-
-    @classmethod
-    def of(cls, repetitions: Sequence[_Repetition]) -> _Timed:
-        found = cls(touched=[one.touched for one in repetitions])
-        for one in repetitions:
-            for kind, seconds in one.seconds.items():
-                found.seconds[kind].append(seconds)
-            for what, seconds in one.own.items():
-                found.own[what].append(seconds)
-        return found
 
 
 def measure_curves(
@@ -156,9 +63,8 @@ def measure_curves(
         kernels=kernels, max_model_len=longest, max_num_seqs=4, prefill_chunk=max(PROMPTS), paged=kernels != REFERENCE,
     ) as llm:  # fmt: skip
         before = _limits(device)
-        timed, rate = _timed_passes(
-            llm, _passes(spec, contexts, longest), seed, say, lambda: memory_rate(device, threads)
-        )
+        passes = passes_of(spec, contexts, longest)
+        timed, rate = time_passes(llm, passes, seed, say, lambda: memory_rate(device, threads))
         sampled = _timed_samples(llm)
         limits = mean_limits(before, _limits(device))
     [used] = with_threads(Topology((limits.on(device),)), threads).devices
@@ -196,81 +102,6 @@ def measured_part(spec: ModelSpec, format: str) -> ModelSpec:
     return some
 
 
-def _passes(spec: ModelSpec, contexts: Sequence[int], longest: int) -> list[Pass]:
-    short = min(SHORT, spec.max_positions)
-    passes = [Pass.decode(batch, short) for batch in BATCHES]
-    passes += [Pass.decode(1, context) for context in contexts]
-    passes += [Pass.prompt(tokens) for tokens in PROMPTS if tokens <= longest]
-    passes.append(Pass("prefill", ((short, 0),) * (CHUNK // short)))
-    passes += [Pass.prompt(CHUNK, context - CHUNK) for context in contexts if context > CHUNK]
-    return passes
-
-
-def _timed_passes(
-    llm: LLM, passes: Sequence[Pass], seed: int, say: Progress, look: Callable[[], float | None]
-) -> tuple[dict[Pass, _Timed], float | None]:
-    """Every pass in turn, several rounds of all: a bad moment of the machine spoils one repetition of each. Those count
-    that were timed while the memory was as fast as it usually is: that rate, and they."""
-    timed: dict[Pass, list[_Repetition]] = {one: [] for one in passes}
-    generator = torch.Generator().manual_seed(seed)
-    begin, before, usual, wanted = time.perf_counter(), look(), None, list(passes)
-    while wanted:
-        say(f"round {max(map(len, timed.values())) + 1}: {len(wanted)} of {len(passes)} passes")
-        for one in wanted:
-            runs = [_run(llm, one, generator) for _ in range(1 if one.is_long else 1 + RUNS)]
-            after = look()
-            # The first of several brings caches and buffers into shape.
-            timed[one].append(_Repetition.middle(runs[-RUNS:], (before, after) if before and after else None))
-            before = after
-        every = [look for found in timed.values() for one in found if one.looks for look in one.looks]
-        usual = usual_rate(every) if every else None
-        wanted = _wanted(timed, usual, time.perf_counter() - begin)
-    return {one: _Timed.of([r for r in found if r.at(usual)] or found) for one, found in timed.items()}, usual
-
-
-def _wanted(timed: Mapping[Pass, Sequence[_Repetition]], usual: float | None, seconds: float) -> list[Pass]:
-    """What is timed once more: everything as long as there is time, then what was rarely timed at the usual rate."""
-    rounds = max(map(len, timed.values()))
-    if rounds < ROUNDS and seconds * (rounds + 1) / rounds < SECONDS:
-        return list(timed)
-    if (lacking := [one for one, found in timed.items() if len(found) < one.least]) or seconds > MOST_SECONDS:
-        return lacking
-    return [one for one, found in timed.items() if sum(r.at(usual) for r in found) < one.least]
-
-
-def _chunks(llm: LLM, one: Pass, generator: torch.Generator) -> list[Chunk]:
-    vocab, blocks, taken = llm.model.spec.vocab_size, blocks_for(llm.context) * llm.max_num_seqs, 0
-    chunks = []
-    for tokens, at in one.sequences:
-        need = blocks_for(tokens + at)
-        table = tuple((taken + i) % blocks for i in range(need))
-        taken += need
-        ids = torch.randint(vocab, (tokens,), generator=generator).tolist()
-        chunks.append(Chunk(ids, at, table, prompt=one.phase == "prefill"))
-    return chunks
-
-
-def _run(llm: LLM, one: Pass, generator: torch.Generator) -> _Repetition:
-    """A pass, and what was recorded of it."""
-    whole = llm.run_pass(_chunks(llm, one, generator), one.phase)
-    trace = llm.trace
-    tasks: Counter[str] = Counter(task.kind for task in llm.model.graph)
-    step = trace.steps[-1]
-    by_kind = trace.seconds_by_kind(step.phase).items()
-    first, last = min(e.start for e in trace.events), max(e.end for e in trace.events)
-    between = last - first - sum(e.seconds for e in trace.events)
-    assert step.step is not None
-    return _Repetition(
-        {kind: seconds / tasks[kind] for kind, seconds in by_kind if kind in tasks},
-        {
-            BETWEEN: max(0.0, between) / len(llm.model.graph.tasks),
-            ENDS: first - step.start + step.end - last,
-            AROUND: whole - (step.end - step.start),
-        },
-        step.step.touched or 0.0,
-    )
-
-
 def _timed_samples(llm: LLM) -> dict[int, float]:
     """Seconds to choose the next tokens, by the number of sequences."""
     found = {}
@@ -286,7 +117,7 @@ class _Fit:
     """From times to shares of the limits."""
 
     def __init__(
-        self, graph: TaskGraph, device: DeviceSpec, timed: Mapping[Pass, _Timed], sampled: Mapping[int, float]
+        self, graph: TaskGraph, device: DeviceSpec, timed: Mapping[Pass, Timed], sampled: Mapping[int, float]
     ) -> None:
         self.graph, self.device, self.timed, self.sampled = graph, device, timed, sampled
         cost = CostModel(Topology((device,)), graph.format)

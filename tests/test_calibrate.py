@@ -11,21 +11,7 @@ import pytest
 from configs import TINY_V3
 
 from ciuic_runtime import Model, plan
-from ciuic_runtime.calibrate import (
-    BATCHES,
-    CONTEXTS,
-    PROMPTS,
-    ROUNDS,
-    Pass,
-    _Fit,
-    _passes,
-    _Repetition,
-    _Timed,
-    _timed_passes,
-    _wanted,
-    curves_of,
-    measured_part,
-)
+from ciuic_runtime.calibrate import _Fit, curves_of, measured_part
 from ciuic_runtime.curves import can_be_calibrated, is_calibrated, load_calibration, store_curves
 from ciuic_runtime.devices import limits
 from ciuic_runtime.devices.limits import RATES, Limits
@@ -47,6 +33,18 @@ from ciuic_runtime.schedulers.calibration import (
 )
 from ciuic_runtime.schedulers.cost import CostModel
 from ciuic_runtime.schedulers.graph import Step
+from ciuic_runtime.timed_passes import (
+    BATCHES,
+    CONTEXTS,
+    PROMPTS,
+    ROUNDS,
+    Pass,
+    Repetition,
+    Timed,
+    passes_of,
+    time_passes,
+    wanted_again,
+)
 
 CPU = DeviceSpec(
     "cpu", "CPU", model="a CPU", memory_bytes=1 << 36, memory_bandwidth=5e10, cores=4, threads=4, basis="measured",
@@ -82,11 +80,11 @@ def true_cost(format: str) -> CostModel:
 @pytest.mark.parametrize("format", ["int4", "bfloat16"])
 def test_a_fit_gives_the_measured_times_back(format: str) -> None:
     graph, truth = build_graph(load_spec("deepseek-v2-lite"), format), true_cost(format)
-    passes = _passes(load_spec("deepseek-v2-lite"), CONTEXTS, max(PROMPTS))
-    timed: dict[Pass, _Timed] = {}
+    passes = passes_of(load_spec("deepseek-v2-lite"), CONTEXTS, max(PROMPTS))
+    timed: dict[Pass, Timed] = {}
     kinds = {task.kind: task for task in reversed(graph.tasks)}
     for one in passes:
-        timed[one] = _Timed(touched=[kinds["experts"].expected_experts(one.tokens)] * 3)
+        timed[one] = Timed(touched=[kinds["experts"].expected_experts(one.tokens)] * 3)
         timed[one].own.update({BETWEEN: [1e-5] * 3, ENDS: [2e-4] * 3, AROUND: [3e-4] * 3})
         for kind, task in kinds.items():
             timed[one].seconds[kind] += [truth.task(task, CPU, one.step).seconds] * 3
@@ -107,23 +105,23 @@ def test_a_fit_gives_the_measured_times_back(format: str) -> None:
 FAST, SLOW = 5e10, 3e10
 
 
-def repetition(*looks: float, seconds: float = 1.0) -> _Repetition:
-    return _Repetition({"mlp": seconds}, {BETWEEN: 0.0}, 2 * seconds, looks or None)
+def repetition(*looks: float, seconds: float = 1.0) -> Repetition:
+    return Repetition({"mlp": seconds}, {BETWEEN: 0.0}, 2 * seconds, looks or None)
 
 
 def test_what_was_timed_at_another_speed_of_the_memory_is_timed_again() -> None:
     decode, long = Pass.decode(1, 16), Pass.prompt(512)
     mixed = [repetition(FAST, FAST), repetition(FAST, SLOW), repetition(SLOW, SLOW)]
     timed = {decode: mixed, long: [repetition(FAST, FAST)] * 2}
-    assert _wanted(timed, FAST, 18.0) == [decode]
-    assert _wanted(timed, FAST, 3.0) == [decode, long], "there is time for all"
-    assert _wanted(timed, FAST, 40.0) == [], "there is time for none"
-    assert _wanted({decode: mixed[:1], long: mixed[:1]}, FAST, 40.0) == [decode, long], "so few are too few"
-    assert _wanted({decode: [repetition()] * 3}, None, 18.0) == [], "a memory that cannot be looked at"
+    assert wanted_again(timed, FAST, 18.0) == [decode]
+    assert wanted_again(timed, FAST, 3.0) == [decode, long], "there is time for all"
+    assert wanted_again(timed, FAST, 40.0) == [], "there is time for none"
+    assert wanted_again({decode: mixed[:1], long: mixed[:1]}, FAST, 40.0) == [decode, long], "so few are too few"
+    assert wanted_again({decode: [repetition()] * 3}, None, 18.0) == [], "a memory that cannot be looked at"
 
 
 def test_a_repetition_is_the_middle_of_some_runs() -> None:
-    found = _Repetition.middle([repetition(seconds=s) for s in (1.0, 9.0, 2.0)], (FAST, SLOW))
+    found = Repetition.middle([repetition(seconds=s) for s in (1.0, 9.0, 2.0)], (FAST, SLOW))
     assert (found.seconds["mlp"], found.touched, found.looks) == (2.0, 8.0, (FAST, SLOW))
 
 
@@ -133,7 +131,7 @@ def test_passes_count_that_were_timed_while_the_memory_was_as_it_usually_is(
     looks = iter([FAST, FAST, SLOW, *[FAST] * 100])  # the second pass of the first round, and the third
     decode, prompt, last = Pass.decode(1, 16), Pass.prompt(4), Pass.prompt(8)
     with LLM(tiny_int4, max_num_seqs=4) as llm:
-        timed, rate = _timed_passes(llm, [decode, prompt, last], 0, lambda what: None, lambda: next(looks))
+        timed, rate = time_passes(llm, [decode, prompt, last], 0, lambda what: None, lambda: next(looks))
     assert rate == FAST
     assert [len(timed[one].touched) for one in (decode, prompt, last)] == [ROUNDS, ROUNDS - 1, ROUNDS - 1]
 
