@@ -28,6 +28,7 @@ from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.memory.page_store import checksum_of_all
 from ciuic_runtime.memory.page_writer import PageWriter
 from ciuic_runtime.models.config import KNOWN_FOLDER, read_config
+from ciuic_runtime.models.graph import is_table
 from ciuic_runtime.models.layout import GROUP, LAYOUT_VERSION, TILE_ROWS, Part, page_layout
 from ciuic_runtime.models.spec import ModelSpec
 from ciuic_runtime.models.tensors import TensorSpec, tensors, tensors_by_page
@@ -342,7 +343,7 @@ def write_packed(config: dict[str, Any], out: Path, seed: int, format: str) -> N
     maker = PackedPages(spec, format, seed)
     out.mkdir(parents=True)
     pages = {page: page_layout(spec, page, format).nbytes for page in tensors_by_page(spec)}
-    writer = PageWriter(out, format, pages)
+    writer = PageWriter(out, format, pages, tables=[page for page in pages if is_table(spec, page)])
     for name, nbytes in pages.items():
         page = host_buffer(nbytes)
         page.numpy()[:] = maker.page(name)

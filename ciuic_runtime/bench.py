@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ciuic_runtime.devices.bandwidth import memory_rates
+from ciuic_runtime.devices.bandwidth import memory_rate
 from ciuic_runtime.devices.limits import spread
 from ciuic_runtime.engine.llm import LLM
 from ciuic_runtime.engine.request import RequestOutput
@@ -21,8 +21,6 @@ from ciuic_runtime.schedulers.comparison import Comparison
 from ciuic_runtime.schedulers.graph import Phase
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Workload
-
-PROBE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -98,4 +96,4 @@ def _memory_bandwidth(llm: LLM) -> float | None:
     """Of the CPU in use with its threads; None where there is none."""
     used = [llm.schedule.topology.device(name) for name in llm.schedule.devices_used()]
     cpu = next((d for d in used if d.kind == "CPU" and d.basis == "measured"), None)
-    return memory_rates(cpu, PROBE_SECONDS).memory_bandwidth if cpu else None
+    return memory_rate(cpu, llm.threads) if cpu else None

@@ -13,8 +13,8 @@ from typing import Any
 from ciuic_runtime.calibrate_paging import can_be_paged, measure_paging
 from ciuic_runtime.curves import can_be_calibrated, is_calibrated, kernels_of, load_calibration, store_curves
 from ciuic_runtime.devices.backends import open_backend
-from ciuic_runtime.devices.bandwidth import memory_rate, memory_rates
-from ciuic_runtime.devices.limits import Limits, mean_limits, spread
+from ciuic_runtime.devices.bandwidth import memory_rate
+from ciuic_runtime.devices.limits import spread
 from ciuic_runtime.devices.measure import matrix_rates, torch_threads
 from ciuic_runtime.devices.spec import DeviceSpec, Topology
 from ciuic_runtime.devices.threads import with_threads
@@ -50,7 +50,7 @@ def measure_curves(
     seed: int = 0,
 ) -> tuple[Curve, ...]:  # fmt: skip
     """The curves of a model's operators in its format on a CPU with so many threads, and of the limits that the CPU has
-    meanwhile. About half a minute.
+    meanwhile. About a minute.
 
     Weights are random, and of a large model only some layers are made. Raises OutOfMemory where not even these fit."""
     say = progress or (lambda what: None)
@@ -62,23 +62,22 @@ def measure_curves(
         SyntheticCheckpoint(spec, seed), dtype=model.format, devices=Topology((device,)), threads=threads,
         kernels=kernels, max_model_len=longest, max_num_seqs=4, prefill_chunk=max(PROMPTS), paged=kernels != REFERENCE,
     ) as llm:  # fmt: skip
-        before = _limits(device)
+        before = _matrix_rates(device)
         passes = passes_of(spec, contexts, longest)
         timed, rate = time_passes(llm, passes, seed, say, lambda: memory_rate(device, threads))
         sampled = _timed_samples(llm)
-        limits = mean_limits(before, _limits(device))
-    [used] = with_threads(Topology((limits.on(device),)), threads).devices
+        after = _matrix_rates(device)
+    means = {dtype: (rate + after.get(dtype, rate)) / 2 for dtype, rate in before.items()}
+    [used] = with_threads(Topology((replace(device, matrix_rates=means),)), threads).devices
     if rate is not None:
         used = replace(used, memory_bandwidth=rate)
     return tuple(_Fit(llm.model.graph, used, timed, sampled).curves())
 
 
-def _limits(device: DeviceSpec) -> Limits:
-    """Of the device at this moment: shares are of limits measured beside them, so that they are right on a busy machine
-    too."""
+def _matrix_rates(device: DeviceSpec) -> dict[str, float]:
+    """At this moment: shares are of limits measured beside them, so that they are right on a busy machine too."""
     with torch_threads(device.cores):
-        rates, _ = matrix_rates(open_backend(device), 0.5)
-    return replace(memory_rates(device, 0.5), matrix_rates=rates)
+        return matrix_rates(open_backend(device), 0.5)[0]
 
 
 def measured_part(spec: ModelSpec, format: str) -> ModelSpec:

@@ -30,6 +30,7 @@ from ciuic_runtime.memory.pack_journal import PackJournal
 from ciuic_runtime.memory.page_store import checksum_of_all
 from ciuic_runtime.memory.page_writer import SHARD_BYTES, PageWriter
 from ciuic_runtime.models.checkpoint import Checkpoint, open_checkpoint
+from ciuic_runtime.models.graph import is_table
 from ciuic_runtime.models.layout import LAYOUT_VERSION, PACKED_FORMATS, num_values, page_layout
 from ciuic_runtime.models.packed_files import write_config, write_tokenizer
 from ciuic_runtime.models.pages import fill_page
@@ -104,7 +105,8 @@ def pack(
         PackJournal(partial, _heading(checkpoint, format, shard_bytes)) as journal,
     ):
         write_tokenizer(checkpoint.path, partial)
-        with closing(PageWriter(partial, format, pages, shard_bytes)) as writer:
+        tables = [page for page in pages if is_table(spec, page)]
+        with closing(PageWriter(partial, format, pages, shard_bytes, tables)) as writer:
             kept = _kept(writer, journal.written, progress)
             _pack(checkpoint, writer, journal, threads, progress)
             writer.finish()

@@ -92,21 +92,6 @@ def store(fingerprint: str, limits: Limits, file: Path | None = None) -> None:
         log.warning("the measured limits were not cached: %s; set CIUIC_CACHE_DIR to a writable folder", error)
 
 
-def mean_limits(one: Limits, other: Limits) -> Limits:
-    """Of two looks at the same device: the mean of bandwidths and matrix rates; the rest is the first one's."""
-    ours, theirs = one.memory_bandwidth, other.memory_bandwidth
-    return replace(
-        one,
-        memory_bandwidth=(ours + theirs) / 2 if ours and theirs else ours or theirs,
-        memory_bandwidth_by_threads=_mean(one.memory_bandwidth_by_threads, other.memory_bandwidth_by_threads),
-        matrix_rates=_mean(one.matrix_rates, other.matrix_rates),
-    )
-
-
-def _mean(one: Mapping[Any, float], other: Mapping[Any, float]) -> dict[Any, float]:
-    return {key: (rate + other.get(key, rate)) / 2 for key, rate in one.items()}
-
-
 def _entries(file: Path) -> dict[str, Any]:
     """The cache's content; nothing where it is absent, damaged or of another version."""
     return read_entries(file, MEASURE_VERSION, "limits")

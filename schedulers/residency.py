@@ -233,10 +233,11 @@ class Residency:
         waiting = self._urgent or self._later or self._perhaps
         return self._fill() if waiting or self.used > self.budget else []
 
-    def touch(self, page: int) -> None:
-        """A use of a page that is there, by somebody who is done before the next event."""
-        self._touch(page)
-        self._position = self.pages[page].place
+    def touch(self, *pages: int) -> None:
+        """A use of pages of one place that are there, by somebody who is done before the next event."""
+        for page in pages:
+            self._touch(page)
+        self._position = self.pages[pages[0]].place
 
     def set_budget(self, budget: int) -> list[Command]:
         """At once as far as nobody holds what must go, the rest as it is released."""

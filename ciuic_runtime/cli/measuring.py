@@ -44,7 +44,7 @@ def calibrate(
     fresh: Annotated[bool, typer.Option("--fresh", help="measure again what is known already")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how fast this machine computes a model's operators, so that plans rest on that; below a minute."""
+    """Measure how fast this machine computes a model's operators, so that plans rest on that; about a minute."""
     import ciuic_runtime as ciuic
     from ciuic_runtime.calibrate import calibrate as measure
     from ciuic_runtime.calibrate import curves_of

@@ -250,7 +250,7 @@ class LocalExecutor:
         forward = self.forwards[i.device]
         if i.task.num_experts:
             run = forward.experts_in_slots(i.task, layout)
-            i.paged_experts = PagedExperts(self.memory, i.task, run)
+            i.paged_experts = PagedExperts(self.memory, i.task, layout, run, forward.experts)
         elif i.task.pages[0].row_nbytes:
             i.paged = PagedTable(self.memory, i.task, layout, forward.function, forward.embedding_by_rows)
         else:
@@ -330,12 +330,13 @@ class _Run:
         if i.ahead is not None:
             self._look_ahead(i, i.ahead)
         if i.paged_experts:
-            value = self._experts_in_slots(i, i.paged_experts)
+            rows_of = i.paged_experts.at_hand()
+            value = self._experts_at_home(i, rows_of) if rows_of else self._experts_in_slots(i, i.paged_experts)
         elif i.experts:
             value = self._experts(i)
         else:
             inputs = [values[key] if key in values else self._fetch(*key) for key in i.inputs]
-            function = i.function if i.paged is None else self._waited(i, i.paged.bound)
+            function = i.paged.at_hand() or self._waited(i, i.paged.bound) if i.paged else i.function
             value = self._launch(i, i.device, function, self._pass(i.device), *inputs)
         values[i.task.name, i.device] = value
         if i.task.kind == "router":
@@ -357,17 +358,10 @@ class _Run:
         """Each device computes the rows of its experts; they are combined where the router runs."""
         x_name, router, *added = i.task.after
         home = i.device
+        if i.experts.keys() == {home}:
+            return self._experts_at_home(i, i.experts[home])
         p = self._pass(home)
         ids, weights = self._fetch(router, home)
-        if i.experts.keys() == {home}:
-            x, inputs = self._fetch(x_name, home), [self._fetch(name, home) for name in added]
-
-            def all_experts() -> torch.Tensor:
-                whole: torch.Tensor = i.function(p, i.experts[home](p, x, ids), weights, inputs)
-                return whole
-
-            result: torch.Tensor = self._launch(i, home, all_experts)
-            return result
         placed = []
         for device, rows_of in i.experts.items():
             here = None if len(i.experts) == 1 else _rows_of(ids, i.shares[device])
@@ -379,6 +373,20 @@ class _Run:
         inputs = [self._fetch(name, home) for name in added]
         total: torch.Tensor = self._launch(i, home, _combine, i.function, p, placed, weights, inputs)
         return total
+
+    def _experts_at_home(self, i: _Instruction, rows_of: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """All of them are where the router runs."""
+        x_name, router, *added = i.task.after
+        home, p = i.device, self._pass(i.device)
+        ids, weights = self._fetch(router, home)
+        x, inputs = self._fetch(x_name, home), [self._fetch(name, home) for name in added]
+
+        def all_experts() -> torch.Tensor:
+            whole: torch.Tensor = i.function(p, rows_of(p, x, ids), weights, inputs)
+            return whole
+
+        result: torch.Tensor = self._launch(i, home, all_experts)
+        return result
 
     def _experts_in_slots(self, i: _Instruction, paged: PagedExperts) -> torch.Tensor:
         """Experts that are there compute while others arrive."""

@@ -10,7 +10,7 @@ import torch
 
 from ciuic_runtime.memory.hierarchy import MemoryHierarchy, Request
 from ciuic_runtime.models.layout import PageLayout
-from ciuic_runtime.models.native_forward import ReadRows, SlotExpertsFunction, TaskFunction
+from ciuic_runtime.models.native_forward import ExpertsFunction, ReadRows, SlotExpertsFunction, TaskFunction
 from ciuic_runtime.models.native_pages import NativePage, page_of_block
 from ciuic_runtime.schedulers.graph import Task
 from ciuic_runtime.schedulers.residency import Where
@@ -34,6 +34,14 @@ class PagedFunction:
     @property
     def is_there(self) -> bool:
         return self._memory.state.where[self.page] == Where.RESIDENT
+
+    def at_hand(self) -> TaskFunction | None:
+        """Where every page is there, without the care that it takes elsewhere."""
+        state = self._memory.state
+        if not state.whole:
+            return None
+        state.touch(self.page)
+        return self._on(self._memory.slot_of(self.page))
 
     def bound(self) -> TaskFunction:
         """Waits for the page if need be; good until the next page is asked for."""
@@ -76,14 +84,19 @@ class PagedTable(PagedFunction):
 class PagedExperts:
     """A layer's routed experts."""
 
-    def __init__(self, memory: MemoryHierarchy, task: Task, run: SlotExpertsFunction) -> None:
-        self._memory, self.run = memory, run
+    def __init__(
+        self, memory: MemoryHierarchy, task: Task, layout: PageLayout, run: SlotExpertsFunction,
+        make: Callable[[Task, Mapping[int, NativePage]], ExpertsFunction],
+    ) -> None:  # fmt: skip
+        self._memory, self._task, self._layout, self.run, self._make = memory, task, layout, run, make
         self.pages = [memory.number(page.name) for page in task.pages]  # by expert
         self._expert = {page: e for e, page in enumerate(self.pages)}
         self._experts_per_token = task.experts_per_token
         self._right: dict[int, list[float]] = {}  # layers ahead -> share of right guesses by rank, recent ones first
         self._nbytes = task.pages[0].nbytes
         self._chosen: list[int] = []  # pages of the experts that the router has chosen
+        self._were_there = False  # all pages, when it chose
+        self._all: tuple[int, ExpertsFunction] | None = None  # made after so many evictions
         self._request: Request | None = None
         self._guess: dict[int, list[list[int]]] = {}  # layers ahead -> experts by row, most wanted first, in this pass
 
@@ -114,8 +127,22 @@ class PagedExperts:
         if self._guess:
             self._learn(ids)
         self._chosen, memory = [self.pages[e] for e in chosen], self._memory
+        self._were_there, self._request = memory.state.whole, None
+        if self._were_there:
+            memory.state.touch(*self._chosen)
+            return
         roomy = memory.minimum + 2 * self._nbytes * len(self._chosen) <= memory.budget - memory.pinned_nbytes
         self._request = memory.ask(self._chosen) if roomy else None
+
+    def at_hand(self) -> ExpertsFunction | None:
+        """Of all experts at once, where every page was there when the router chose, and still is."""
+        memory = self._memory
+        if not self._were_there or not memory.state.whole:
+            return None
+        if self._all is None or self._all[0] != memory.evictions:  # slots may be others than then
+            pages = {e: page_of_block(self._layout, memory.slot_of(page)) for e, page in enumerate(self.pages)}
+            self._all = memory.evictions, self._make(self._task, pages)
+        return self._all[1]
 
     def come(self) -> Iterator[Slots]:
         """Slots of the experts that were asked for: first of those that are there, then of the others as they come."""

@@ -278,9 +278,6 @@ class MemoryHierarchy:
             total, every = self.state.total, range(len(self.state.pages))
             self.state.begin_step()
             if total > self.state.budget:
-                for page in self.state.pages:
-                    if page.by_rows:
-                        self._source_of().will_read_rows(page.name)
                 self.expect(n for n in every if not (self.state.pages[n].routed or self.state.pages[n].by_rows))
                 return
             done = 0

@@ -4,7 +4,8 @@ Every page is checked as it is read; what its bytes mean is the layout's busines
 On disk a packed folder is a checkpoint folder: `config.json` (with a section "ciuic" that says how it is packed),
 tokenizer, and safetensors files with one U8 tensor per page, each at a multiple of 4096 bytes and as long as its
 layout says. The files' metadata holds a checksum per page, which is bound to the page's name; the config holds one of
-all of them, so that files of two models are never taken for one."""
+all of them, so that files of two models are never taken for one. A table, of which single rows are read, has checksums
+of its pieces as well."""
 
 from __future__ import annotations
 
@@ -28,6 +29,8 @@ from ciuic_runtime.models.tensors import tensors_by_page
 
 INDEX = "model.safetensors.index.json"
 FORMAT_KEY, VERSION_KEY, CHECKSUM_KEY = "ciuic_format", "ciuic_layout_version", "xxh3_128 "  # in a file's metadata
+CHECKED_NBYTES = 128 << 10  # of a table's piece, which has a checksum of its own; a multiple of PAGE_ALIGN
+PIECES_KEY = f"xxh3_64 {CHECKED_NBYTES} "  # of the pieces' checksums, likewise
 _MAX_READ = 1 << 30  # bytes at a time; a multiple of PAGE_ALIGN
 _PIECE = 4 << 20  # bytes that are checked at a time of a page that is not kept; a multiple of PAGE_ALIGN
 
@@ -35,6 +38,17 @@ _PIECE = 4 << 20  # bytes that are checked at a time of a page that is not kept;
 def checksum(page: str, data: torch.Tensor) -> str:
     """XXH3-128 of the bytes, seeded with the page's name: the bytes of another page do not have it."""
     return xxhash.xxh3_128_hexdigest(data.numpy().data, seed=_seed(page))
+
+
+def piece_checksum(page: str, number: int, data: torch.Tensor) -> str:
+    """XXH3-64 of a piece of a page, seeded with the page's name and the piece's number."""
+    return xxhash.xxh3_64_hexdigest(data.numpy().data, seed=_seed(f"{page} {number}"))
+
+
+def piece_checksums(page: str, data: torch.Tensor) -> list[str]:
+    """Of all pieces of a page, one after another; the last may be shorter."""
+    pieces = torch.split(data, CHECKED_NBYTES)
+    return [piece_checksum(page, i, piece) for i, piece in enumerate(pieces)]
 
 
 def _seed(page: str) -> int:
@@ -84,18 +98,25 @@ class PageStore:
             file.read(begin, part, name)
             hashed.update(part.numpy().data)
             begin, left = begin + len(part), left - len(part)
-        self._compare(name, hashed.hexdigest())
+        self._compare(name, hashed.hexdigest(), self._stored[name].checksum)
 
     def verify(self, name: str, data: torch.Tensor) -> None:
         """Raises InvalidInput, naming page and file, unless `data` is what was packed as this page."""
-        self._compare(name, checksum(name, data))
+        self._compare(name, checksum(name, data), self._stored[name].checksum)
 
-    def _compare(self, name: str, found: str) -> None:
-        page = self._stored[name]
-        if found != page.checksum:
+    def has_pieces(self, name: str) -> bool:
+        """Whether pieces of the page have checksums of their own; not in folders of earlier versions."""
+        return bool(self._stored[name].pieces)
+
+    def verify_piece(self, name: str, number: int, data: torch.Tensor) -> None:
+        """As `verify`, of CHECKED_NBYTES of the page, or what is left at its end."""
+        self._compare(name, piece_checksum(name, number, data), self._stored[name].pieces[number])
+
+    def _compare(self, name: str, found: str, expected: str) -> None:
+        if found != expected:
             raise InvalidInput(
-                f"{page.tensor.file} is damaged: page {name} does not have the checksum it was packed with; "
-                "copy the file again from where it came, or pack the model again"
+                f"{self._stored[name].tensor.file} is damaged: page {name} does not have the checksum it was packed "
+                "with; copy the file again from where it came, or pack the model again"
             )
 
     def offset(self, name: str) -> int:
@@ -119,6 +140,7 @@ class PageStore:
 class _StoredPage:
     tensor: StoredTensor
     checksum: str
+    pieces: tuple[str, ...]  # their checksums; () where they have none
 
 
 class StoreFile:
@@ -201,7 +223,8 @@ def _stored_pages(folder: Path, spec: ModelSpec) -> dict[str, _StoredPage]:
                 raise InvalidInput(
                     f"{file} and {found[name].tensor.file.name} both hold page {name}; remove one of them"
                 )
-            found[name] = _StoredPage(tensor, metadata.get(CHECKSUM_KEY + name, ""))
+            pieces = metadata.get(PIECES_KEY + name, "").split()
+            found[name] = _StoredPage(tensor, metadata.get(CHECKSUM_KEY + name, ""), tuple(pieces))
     expected = tensors_by_page(spec)
     if missing := [name for name in expected if name not in found]:
         raise InvalidInput(
@@ -245,6 +268,8 @@ def _check_page(name: str, page: _StoredPage, nbytes: int) -> None:
         )
     if not page.checksum:
         raise InvalidInput(f"{tensor.file}: page {name} has no checksum; pack the model again")
+    if page.pieces and len(page.pieces) != -(-nbytes // CHECKED_NBYTES):
+        raise InvalidInput(f"{tensor.file}: page {name} has {len(page.pieces)} checksums of pieces; pack it again")
 
 
 def _check_whole(folder: Path, pages: Mapping[str, _StoredPage]) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,16 @@ import torch
 
 from ciuic_runtime.devices.backend import host_buffer
 from ciuic_runtime.devices.files import write_whole
-from ciuic_runtime.memory.page_store import CHECKSUM_KEY, FORMAT_KEY, INDEX, VERSION_KEY, checksum
+from ciuic_runtime.memory.page_store import (
+    CHECKED_NBYTES,
+    CHECKSUM_KEY,
+    FORMAT_KEY,
+    INDEX,
+    PIECES_KEY,
+    VERSION_KEY,
+    checksum,
+    piece_checksums,
+)
 from ciuic_runtime.models.layout import LAYOUT_VERSION, PAGE_ALIGN
 
 SHARD_BYTES = 3 << 30  # of pages in one file; a larger page has a file of its own
@@ -34,10 +43,17 @@ class PageWriter:
 
     Until then the files have no headers, so nothing takes them for whole. One thread at a time."""
 
-    def __init__(self, folder: Path, format: str, pages: Mapping[str, int], shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self, folder: Path, format: str, pages: Mapping[str, int], shard_bytes: int = SHARD_BYTES,
+        tables: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        """`pages`: bytes of each; `tables`: those of which single rows will be read."""
         self.folder, self.format, self.pages = folder, format, pages
-        self.shards = tuple(_shards(format, pages, shard_bytes))
+        draft = {page: " ".join(["0" * 16] * -(-pages[page] // CHECKED_NBYTES)) for page in tables}
+        self.shards = tuple(_shards(format, pages, draft, shard_bytes))
         self.checksums: dict[str, str] = {}
+        self._pieces: dict[str, str] = {}
+        self._tables = frozenset(tables)
         self._shard_of = {page: shard for shard in self.shards for page in shard.pages}
         self._open: _Output | None = None
 
@@ -45,7 +61,7 @@ class PageWriter:
         """Puts the page (uint8 [nbytes], page aligned for best speed) into its place; returns its checksum."""
         assert data.numel() == self.pages[page], f"{page} has {self.pages[page]} bytes, not {data.numel()}"
         shard = self._shard_of[page]
-        self.checksums[page] = checksum(page, data)
+        self._keep_checksums(page, checksum(page, data), data)
         self._output(shard).write(shard.pages[page], data)
         return self.checksums[page]
 
@@ -57,8 +73,13 @@ class PageWriter:
             return False
         if checksum(page, into) != expected:
             return False
-        self.checksums[page] = expected
+        self._keep_checksums(page, expected, into)
         return True
+
+    def _keep_checksums(self, page: str, whole: str, data: torch.Tensor) -> None:
+        self.checksums[page] = whole
+        if page in self._tables:
+            self._pieces[page] = " ".join(piece_checksums(page, data))
 
     def finish(self) -> None:
         """Writes headers and index and returns when everything is on the disk."""
@@ -66,7 +87,7 @@ class PageWriter:
         assert not missing, f"{len(missing)} pages are not written, {missing[0]} first"
         for shard in self.shards:
             output = self._output(shard)
-            output.write_plain(0, _header(self.format, self.pages, shard, self.checksums))
+            output.write_plain(0, _header(self.format, self.pages, shard, self.checksums, self._pieces))
             output.flush()
         self.close()
         total = sum(self.pages.values())
@@ -143,7 +164,7 @@ def _write(handle: int, offset: int, view: memoryview) -> None:
         view, offset = view[count:], offset + count
 
 
-def _shards(format: str, pages: Mapping[str, int], limit: int) -> Iterator[Shard]:
+def _shards(format: str, pages: Mapping[str, int], pieces: Mapping[str, str], limit: int) -> Iterator[Shard]:
     """Runs of pages in their order, as many as fit into a file, with the place of each."""
     runs: list[list[str]] = []
     size = limit
@@ -156,7 +177,7 @@ def _shards(format: str, pages: Mapping[str, int], limit: int) -> Iterator[Shard
     for i, run in enumerate(runs):
         name = f"model-{i + 1:05}-of-{len(runs):05}.safetensors"
         draft = Shard(name, dict.fromkeys(run, 0), 0, 0)
-        header = len(_header(format, pages, draft, dict.fromkeys(run, "0" * 32)))
+        header = len(_header(format, pages, draft, dict.fromkeys(run, "0" * 32), pieces))
         places, end = {}, header
         for page in run:
             places[page] = end
@@ -164,13 +185,18 @@ def _shards(format: str, pages: Mapping[str, int], limit: int) -> Iterator[Shard
         yield Shard(name, places, header, end)
 
 
-def _header(format: str, pages: Mapping[str, int], shard: Shard, checksums: Mapping[str, str]) -> bytes:
-    """Length and text of a safetensors header, padded with spaces to a multiple of PAGE_ALIGN."""
+def _header(
+    format: str, pages: Mapping[str, int], shard: Shard, checksums: Mapping[str, str], pieces: Mapping[str, str]
+) -> bytes:
+    """Length and text of a safetensors header, padded with spaces to a multiple of PAGE_ALIGN. `pieces`: checksums of
+    a table's pieces, in one text."""
     metadata = {FORMAT_KEY: format, VERSION_KEY: str(LAYOUT_VERSION)}
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for page in shard.pages:
         metadata[CHECKSUM_KEY + page] = checksums[page]
+        if page in pieces:
+            metadata[PIECES_KEY + page] = pieces[page]
         header[page] = {"dtype": "U8", "shape": [pages[page]], "data_offsets": [end, end + pages[page]]}
         end += pages[page]
     text = json.dumps(header, separators=(",", ":")).encode()

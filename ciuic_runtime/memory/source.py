@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from ciuic_runtime.devices.backend import host_buffer
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput
-from ciuic_runtime.memory.page_store import PageStore
+from ciuic_runtime.memory.page_store import CHECKED_NBYTES, PageStore
 from ciuic_runtime.models.checkpoint import Checkpoint
 from ciuic_runtime.models.pages import fill_page
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # More threads wake more often beside kernels that have every core; fewer, or whole pages, leave a page that is waited
 # for behind others (benchmarks/results, paging).
 IO_THREADS, PIECE_NBYTES = 4, 1 << 20
+AT_ONCE = 32  # pieces of a table that are read, and then checked
 _LOOK = 0.25  # s between two looks at Ctrl-C while waiting
 
 
@@ -50,9 +52,6 @@ class PageSource(Protocol):
     def submit(self, page: str, into: torch.Tensor, order: int) -> int:
         """Begins to fill `into` (uint8, on the host); nobody may touch it until the read has finished. Those of smaller
         order come first."""
-
-    def will_read_rows(self, page: str) -> None:
-        """`rows` of it will be asked for: what has to be done before that is begun, and not waited for."""
 
     def rows(self, page: str, offsets: Sequence[int], nbytes: int, into: torch.Tensor) -> None:
         """Reads so many bytes at each of these offsets in a page, side by side into `into`, uint8; waits for them.
@@ -79,7 +78,8 @@ class PageSource(Protocol):
 
 
 class PackedSource:
-    """Pages of a packed folder. Each is verified when it is first loaded, and again whenever its file has changed."""
+    """Pages of a packed folder. Each is verified when it is first loaded, and again whenever its file has changed; of a
+    table of which rows are read, the pieces in which they lie."""
 
     def __init__(self, store: PageStore, threads: int = IO_THREADS) -> None:
         try:
@@ -93,8 +93,7 @@ class PackedSource:
         self._store, self._reader = store, PageReader(threads, PIECE_NBYTES)
         self._page: dict[int, str] = {}  # ticket -> page
         self._verified: set[str] = set()
-        self._checker = ThreadPoolExecutor(1, "check")  # of pages that are read by rows
-        self._checks: dict[str, Future[None]] = {}
+        self._verified_pieces: dict[str, set[int]] = {}  # by page that is read by rows
 
     @property
     def reader(self) -> PageReader:
@@ -112,18 +111,39 @@ class PackedSource:
         self._page[ticket] = page
         return ticket
 
-    def will_read_rows(self, page: str) -> None:
-        if page not in self._verified and page not in self._checks:
-            self._checks[page] = self._checker.submit(self._store.verify_stored, page)
-
     def rows(self, page: str, offsets: Sequence[int], nbytes: int, into: torch.Tensor) -> None:
+        if page not in self._verified or not self._store.file_of(page).unchanged():
+            self._verify_rows(page, offsets, nbytes)
+        self._read_rows(page, offsets, nbytes, into)
+
+    def _verify_rows(self, page: str, offsets: Sequence[int], nbytes: int) -> None:
+        """The pieces of the page in which these rows lie, as far as they have not been yet."""
+        store = self._store
+        if not store.has_pieces(page):
+            store.verify_stored(page)
+            self._verified.add(page)
+            return
+        verified = self._verified_pieces.setdefault(page, set())
+        if not store.file_of(page).unchanged():
+            verified.clear()
+        size = CHECKED_NBYTES
+        touched = {n for at in offsets for n in range(at // size, (at + nbytes - 1) // size + 1)} - verified
+        last, rest = divmod(store.pages[page], size)  # where the page ends, a piece may be shorter
+        whole = sorted(touched - {last})
+        for i in range(0, len(whole), AT_ONCE):
+            self._verify_pieces(page, whole[i : i + AT_ONCE], size)
+        if last in touched:
+            self._verify_pieces(page, [last], rest)
+        verified.update(touched)
+
+    def _verify_pieces(self, page: str, numbers: Sequence[int], nbytes: int) -> None:
+        pieces = host_buffer(nbytes * len(numbers)).view(len(numbers), nbytes)
+        self._read_rows(page, [n * CHECKED_NBYTES for n in numbers], nbytes, pieces)
+        for number, piece in zip(numbers, pieces, strict=True):
+            self._store.verify_piece(page, number, piece)
+
+    def _read_rows(self, page: str, offsets: Sequence[int], nbytes: int, into: torch.Tensor) -> None:
         file, begin = self._store.file_of(page), self._store.offset(page)
-        if begun := self._checks.pop(page, None):
-            begun.result()
-            self._verified.add(page)
-        if page not in self._verified or not file.unchanged():
-            self._store.verify_stored(page)
-            self._verified.add(page)
         places = [begin + offset for offset in offsets]
         errno, missing = self._reader.read_rows(file.direct, file.plain, places, nbytes, into.data_ptr())
         if errno:
@@ -168,7 +188,6 @@ class PackedSource:
         self._page.clear()
 
     def close(self) -> None:
-        self._checker.shutdown(wait=True, cancel_futures=True)
         self._reader.stop()
 
 
@@ -198,9 +217,6 @@ class RepackingSource:
 
     def rows(self, page: str, offsets: Sequence[int], nbytes: int, into: torch.Tensor) -> None:
         raise AssertionError(f"{page} is packed as it is read: it cannot be had by rows")
-
-    def will_read_rows(self, page: str) -> None:
-        """Nothing of this source is read by rows."""
 
     def promote(self, ticket: int) -> None:
         """Pages come in the order in which they were asked for."""

@@ -66,9 +66,14 @@ def page_nbytes(spec: ModelSpec, page: str, format: str) -> int:
     return sum(tensor_nbytes(t, format) for t in tensors_by_page(spec)[page])
 
 
+def is_table(spec: ModelSpec, page: str) -> bool:
+    """Whether a pass needs single rows of the page: of the embedding, where it is not the head's matrix as well."""
+    return page == "embedding" and not spec.tied_embeddings
+
+
 def table_row_nbytes(spec: ModelSpec, page: str) -> int:
-    """Of the embedding in a packed folder, where it lies row after row and is not the head's matrix as well; else 0."""
-    if page != "embedding" or spec.tied_embeddings or not spec.packed:
+    """Of a table in a packed folder, where it lies row after row; else 0."""
+    if not is_table(spec, page) or not spec.packed:
         return 0
     table = page_layout(spec, page, spec.packed).part("weight")
     return table.nbytes // table.matrix[1]
