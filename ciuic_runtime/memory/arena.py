@@ -1,12 +1,15 @@
-"""Where a device's slots lie: one range of addresses on the host, whose memory comes when it is first written and goes
-back when it is discarded; blocks of the backend elsewhere. Knows bytes, not what is in them."""
+"""Where a device's slots lie: one range of addresses on the host, whose memory comes when it is first written, or in
+advance, and goes back when it is discarded; blocks of the backend elsewhere. Knows bytes, not what is in them."""
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import platform
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from threading import Event, Thread
 from typing import Protocol
 
 import torch
@@ -21,6 +24,8 @@ _HUGE = 2 << 20  # bytes of a huge page
 _SAME = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
 _NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _SAME else 0)
 _LEAST = 1 << 30  # bytes of address space taken at once
+_POPULATE_WRITE = 23  # advice of Linux 5.14 and later
+_TOUCHED_AT_ONCE = 16 << 20  # bytes
 
 
 def slot_size(nbytes: int) -> int:
@@ -37,6 +42,13 @@ class Arena(Protocol):
     def discard(self, slot: torch.Tensor) -> bool:
         """The memory goes back to the device. Whether the slot can be used again, with whatever content."""
 
+    def touch_ahead(self, nbytes: int) -> None:
+        """Memory of the next so many bytes is had from the system while other things go on: it may come more slowly
+        than a disk fills it."""
+
+    def touch_no_further(self) -> None:
+        """What was touched ahead and not taken goes back."""
+
 
 class HostArena:
     """Address space is reserved in large ranges; huge pages back it where the system has them."""
@@ -47,6 +59,8 @@ class HostArena:
         self._range: torch.Tensor | None = None
         self._used = 0
         self._mapped: list[tuple[int, mmap.mmap]] = []  # address, mapping
+        self._toucher: Thread | None = None
+        self._enough = Event()
 
     def take(self, nbytes: int) -> torch.Tensor:
         size = slot_size(nbytes)
@@ -57,6 +71,36 @@ class HostArena:
         slot = self._range[self._used : self._used + nbytes]
         self._used += size
         return slot
+
+    def touch_ahead(self, nbytes: int) -> None:
+        self.touch_no_further()
+        if sys.platform != "linux" or nbytes <= 0:
+            return
+        if self._range is None:
+            self._range, self._used = self._map(nbytes), 0
+        self._enough.clear()
+        end = min(self._range.numel(), self._used + nbytes)
+        self._toucher = Thread(target=self._touch, args=(self._range, end), name="touch", daemon=True)
+        self._toucher.start()
+
+    def touch_no_further(self) -> None:
+        if self._toucher is None:
+            return
+        self._enough.set()
+        self._toucher.join()
+        self._toucher = None
+        assert self._range is not None
+        self.discard(self._range[self._used :])
+
+    def _touch(self, memory: torch.Tensor, end: int) -> None:
+        """What lies behind what has been taken so far. A system that cannot do it is not asked again."""
+        populate, at = _madvise(), 0
+        while not self._enough.is_set() and self._range is memory:
+            at = max(at, self._used // PAGE * PAGE)
+            size = min(_TOUCHED_AT_ONCE, end - at) // PAGE * PAGE
+            if size <= 0 or populate(memory.data_ptr() + at, size, _POPULATE_WRITE):
+                return
+            at += size
 
     def discard(self, slot: torch.Tensor) -> bool:
         address = slot.data_ptr()
@@ -101,6 +145,20 @@ class BackendArena:
     def discard(self, slot: torch.Tensor) -> bool:
         self._backend.free(slot)
         return False
+
+    def touch_ahead(self, nbytes: int) -> None:
+        """A backend's memory is there when it is taken."""
+
+    def touch_no_further(self) -> None:
+        """Nothing was touched."""
+
+
+def _madvise() -> Callable[[int, int, int], int]:
+    """The system's own, since Python's holds the interpreter's lock meanwhile."""
+    found = ctypes.CDLL(None).madvise
+    found.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    advise: Callable[[int, int, int], int] = found
+    return advise
 
 
 def arena_of(backend: Backend | None, reserve: int) -> Arena:

@@ -122,7 +122,7 @@ class MemoryHierarchy:
         self._came_last: int | None = None  # of the pages that passes waited for, their checks included
         self.clear_counts()
         self._open: Iterator[list[int]] | None = None  # holds what `slot` had to wait for
-        self._said_slower = self._closed = False
+        self._said_slower = self._closed = self._touching = False
         self.report = PagingReport()
 
     # What people ask
@@ -280,6 +280,7 @@ class MemoryHierarchy:
             if total > self.state.budget:
                 self.expect(n for n in every if not (self.state.pages[n].routed or self.state.pages[n].by_rows))
                 return
+            self._touch_ahead()
             done = 0
             for ready in self.take(every):
                 done += sum(self.state.pages[n].nbytes for n in ready)
@@ -290,11 +291,18 @@ class MemoryHierarchy:
         self._lock.acquire()
         try:
             self._read_before = self._bytes_read
+            self._touch_ahead()
             self._poll()
             self.state.begin_step(scanning, last_scan)
         except BaseException:
             self._lock.release()
             raise
+
+    def _touch_ahead(self) -> None:
+        """Once, when pages begin to be used: before that, nobody is in a hurry."""
+        if not self._touching:
+            self._touching = True
+            self.pool.touch_ahead()
 
     @property
     def bytes_read_in_step(self) -> int:

@@ -89,9 +89,14 @@ class TensorPool:
     def budget(self, nbytes: int) -> None:
         """Slots that wait go back to the device as far as needed; those that are out stay until they are freed."""
         self._take_back()
+        self._arena.touch_no_further()
         self._budget = nbytes
         if nbytes:
             self._discard(self._used + self._waiting - nbytes)
+
+    def touch_ahead(self) -> None:
+        """The rest of the budget will be used soon: the system may give its memory from now on."""
+        self._arena.touch_ahead(self._budget - self._used - self._waiting)
 
     def memory(self) -> PoolUse:
         self._take_back()
@@ -99,6 +104,7 @@ class TensorPool:
 
     def clear(self) -> None:
         """Gives slots that wait back to the device."""
+        self._arena.touch_no_further()
         self._take_back()
         self._discard(self._waiting)
 
