@@ -1,7 +1,7 @@
 """What slots cost where everything fits: a packed model whose pages lie in slots of the memory hierarchy, beside the
 same as plain tensors. Both processes live throughout, which takes twice the model's memory.
 
-    python benchmarks/resident.py MODEL [--rounds 40] [--out FILE]
+    python benchmarks/resident.py MODEL [--rounds 30] [--out FILE]
 
 A virtual machine's memory may be by turns half as fast, for seconds. So they take short turns, in pairs, with a look at
 the memory before, between and after: a pair counts if the three are within 5 % of each other."""
@@ -20,9 +20,9 @@ from rounds import Report, against, common_arguments
 import ciuic_runtime as ciuic
 from ciuic_runtime.devices.bandwidth import memory_rate
 
-TURNS = {"decode": (1, 13), "prefill": (512, 1)}  # phase -> tokens of the prompt, new ones
+TURNS = {"decode": (1, 13), "prefill": (256, 1)}  # phase -> tokens of the prompt, new ones
 MOST_COST, MOST_CHANGE = 0.02, 0.05
-PATIENCE = 3  # times as many pairs as are to count
+PATIENCE = 2  # times as many pairs as are to count
 LOOKS = 3
 
 Turn = Callable[[int], float]  # number of the pair -> tokens/s
@@ -44,7 +44,7 @@ class Pair:
 
 
 def main() -> None:
-    parser = common_arguments(__doc__, rounds=40)
+    parser = common_arguments(__doc__, rounds=30)
     parser.add_argument("model", type=Path, help="folder written by `make_model.py packed`")
     args = parser.parse_args()
     report = Report("Slots where everything fits", args.out)

@@ -90,7 +90,8 @@ class HostArena:
         self._toucher.join()
         self._toucher = None
         assert self._range is not None
-        self.discard(self._range[self._used :])
+        if self._used < self._range.numel():
+            self.discard(self._range[self._used :])
 
     def _touch(self, memory: torch.Tensor, end: int) -> None:
         """What lies behind what has been taken so far. A system that cannot do it is not asked again."""

@@ -88,6 +88,19 @@ def test_what_was_touched_and_not_taken_goes_back(at_least_kernel_5_14: None) ->
         assert sum(resident(arena)) <= 6
 
 
+def test_where_all_is_taken_nothing_goes_back() -> None:
+    arena = HostArena(1 << 30)
+    arena.touch_ahead(8 * MIB)
+    slot = arena.take(1 << 30)
+    slot[-1] = 5
+    arena.touch_no_further()
+    assert slot[-1] == 5
+    arena.take(MIB)[0] = 1  # of another range
+    arena.touch_ahead(8 * MIB)
+    arena.touch_no_further()
+    assert slot[-1] == 5
+
+
 @linux
 def test_a_pool_has_its_budget_touched_and_gives_back_what_a_lower_one_has_no_room_for(
     at_least_kernel_5_14: None,
