@@ -48,7 +48,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder written by `make_model.py packed`")
     args = parser.parse_args()
     report = Report("Slots where everything fits", args.out)
-    [cpu] = ciuic.DeviceManager(path=None).get_devices("CPU")
+    cpu, *others = ciuic.DeviceManager(path=None).get_devices("CPU")
+    if others or memory_rate(cpu, args.threads) is None:
+        raise SystemExit("this needs a machine with one memory, a quarter of which is free to be looked at")
     start = partial(Ours, args.model, threads=args.threads, max_model_len=1024, max_num_seqs=1)
     with start(paged=True) as slots, start(paged=False) as plain:
         for phase in TURNS:

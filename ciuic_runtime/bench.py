@@ -22,6 +22,8 @@ from ciuic_runtime.schedulers.graph import Phase
 from ciuic_runtime.schedulers.trace import Trace
 from ciuic_runtime.schedulers.workload import Workload
 
+LOOKS = 3  # at the memory, before each round
+
 
 @dataclass(frozen=True)
 class Round:
@@ -96,4 +98,6 @@ def _memory_bandwidth(llm: LLM) -> float | None:
     """Of the CPU in use with its threads; None where there is none."""
     used = [llm.schedule.topology.device(name) for name in llm.schedule.devices_used()]
     cpu = next((d for d in used if d.kind == "CPU" and d.basis == "measured"), None)
-    return memory_rate(cpu, llm.threads) if cpu else None
+    looks = [memory_rate(cpu, llm.threads) for _ in range(LOOKS)] if cpu else []
+    rates = [rate for rate in looks if rate]
+    return statistics.median(rates) if rates else None

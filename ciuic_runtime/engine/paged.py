@@ -96,7 +96,7 @@ class PagedExperts:
         self._nbytes = task.pages[0].nbytes
         self._chosen: list[int] = []  # pages of the experts that the router has chosen
         self._were_there = False  # all pages, when it chose
-        self._all: tuple[int, ExpertsFunction] | None = None  # made after so many evictions
+        self._all: tuple[int, ExpertsFunction] | None = None  # made when so many slots had been given
         self._request: Request | None = None
         self._guess: dict[int, list[list[int]]] = {}  # layers ahead -> experts by row, most wanted first, in this pass
 
@@ -139,9 +139,9 @@ class PagedExperts:
         memory = self._memory
         if not self._were_there or not memory.state.whole:
             return None
-        if self._all is None or self._all[0] != memory.evictions:  # slots may be others than then
+        if self._all is None or self._all[0] != memory.slots_given:
             pages = {e: page_of_block(self._layout, memory.slot_of(page)) for e, page in enumerate(self.pages)}
-            self._all = memory.evictions, self._make(self._task, pages)
+            self._all = memory.slots_given, self._make(self._task, pages)
         return self._all[1]
 
     def come(self) -> Iterator[Slots]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from threading import Event, Thread
 from typing import Protocol
+from weakref import ref
 
 import torch
 
@@ -80,8 +81,10 @@ class HostArena:
             self._range, self._used = self._map(nbytes), 0
         self._enough.clear()
         end = min(self._range.numel(), self._used + nbytes)
-        self._toucher = Thread(target=self._touch, args=(self._range, end), name="touch", daemon=True)
-        self._toucher.start()
+        toucher = Thread(target=_touch, args=(ref(self), self._range, end), name="touch", daemon=True)
+        with suppress(RuntimeError):  # the system gives no more threads: memory comes when it is written
+            toucher.start()
+            self._toucher = toucher
 
     def touch_no_further(self) -> None:
         if self._toucher is None:
@@ -93,15 +96,9 @@ class HostArena:
         if self._used < self._range.numel():
             self.discard(self._range[self._used :])
 
-    def _touch(self, memory: torch.Tensor, end: int) -> None:
-        """What lies behind what has been taken so far. A system that cannot do it is not asked again."""
-        populate, at = _madvise(), 0
-        while not self._enough.is_set() and self._range is memory:
-            at = max(at, self._used // PAGE * PAGE)
-            size = min(_TOUCHED_AT_ONCE, end - at) // PAGE * PAGE
-            if size <= 0 or populate(memory.data_ptr() + at, size, _POPULATE_WRITE):
-                return
-            at += size
+    def rest_of(self, memory: torch.Tensor) -> int | None:
+        """Where the part begins that has not been taken, of the range that is in use; None once it is enough."""
+        return None if self._enough.is_set() or self._range is not memory else self._used // PAGE * PAGE
 
     def discard(self, slot: torch.Tensor) -> bool:
         address = slot.data_ptr()
@@ -152,6 +149,19 @@ class BackendArena:
 
     def touch_no_further(self) -> None:
         """Nothing was touched."""
+
+
+def _touch(arena: ref[HostArena], memory: torch.Tensor, end: int) -> None:
+    """What lies behind what has been taken so far, while somebody has the arena. A system that cannot do it is not
+    asked again."""
+    populate, at = _madvise(), 0
+    while (owner := arena()) is not None and (begin := owner.rest_of(memory)) is not None:
+        del owner
+        at = max(at, begin)
+        size = min(_TOUCHED_AT_ONCE, end - at) // PAGE * PAGE
+        if size <= 0 or populate(memory.data_ptr() + at, size, _POPULATE_WRITE):
+            return
+        at += size
 
 
 def _madvise() -> Callable[[int, int, int], int]:

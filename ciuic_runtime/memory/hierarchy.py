@@ -118,6 +118,7 @@ class MemoryHierarchy:
         self._asked_by: dict[int, Request] = {}  # page that is waited for -> who asked for it
         self._stalls = Stalls()
         self._bytes_read = self.evictions = 0
+        self.slots_given = 0  # so far: since that changed, a page may lie elsewhere
         self._read_before = 0  # bytes, when the pass began
         self._came_last: int | None = None  # of the pages that passes waited for, their checks included
         self.clear_counts()
@@ -222,13 +223,16 @@ class MemoryHierarchy:
             budget = parse_bytes(nbytes) - self.reserved
             self._check_open()
             self._check_minimum(budget, self.pinned_nbytes)
+            lower = budget < self.state.budget
+            if not lower:  # what was touched is not in use; the next pass goes on, up to the new budget
+                self.pool.touch_no_further()
+                self._touching = False
             free = sum(d.memory_free_bytes or 0 for d in discover_cpus())
             if budget > self.state.budget and budget - self.pool.memory().used > free:
                 raise InvalidInput(
                     f"a budget of {format_bytes(budget + self.reserved)} was asked for on {self.device}, where "
                     f"{format_bytes(self.pool.memory().used + self.reserved + free)} can be had; ask for less"
                 )
-            lower = budget < self.state.budget
             if not lower:
                 self.pool.budget = budget
             self._do(self.state.set_budget(budget))
@@ -453,6 +457,7 @@ class MemoryHierarchy:
     def _read(self, command: Read) -> None:
         page = self.state.pages[command.page]
         slot = self._slots[command.page] = self.pool.allocate(page.nbytes)
+        self.slots_given += 1
         ticket = self._source_of().submit(page.name, slot, command.order)
         self._tickets[ticket], self._ticket_of[command.page] = command.page, ticket
 

@@ -27,7 +27,7 @@ class PoolUse:
     used: int  # in slots that are out
     free: int  # in slots that wait to be used again
     peak: int  # the most that was used at once
-    held_peak: int  # the most that was used or waiting at once: what the arena has occupied
+    held_peak: int  # the most that was used or waiting at once
     budget: int  # 0: none
 
 
@@ -96,7 +96,12 @@ class TensorPool:
 
     def touch_ahead(self) -> None:
         """The rest of the budget will be used soon: the system may give its memory from now on."""
-        self._arena.touch_ahead(self._budget - self._used - self._waiting)
+        empty = sum(size * len(slots) for size, slots in self._empty.items())  # are taken before others
+        self._arena.touch_ahead(self._budget - self._used - self._waiting - empty)
+
+    def touch_no_further(self) -> None:
+        """What was touched and is in no slot goes back to the system."""
+        self._arena.touch_no_further()
 
     def memory(self) -> PoolUse:
         self._take_back()

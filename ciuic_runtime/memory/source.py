@@ -94,6 +94,7 @@ class PackedSource:
         self._page: dict[int, str] = {}  # ticket -> page
         self._verified: set[str] = set()
         self._verified_pieces: dict[str, set[int]] = {}  # by page that is read by rows
+        self._read_whole = ""  # a table that had to be, for some rows
 
     @property
     def reader(self) -> PageReader:
@@ -101,6 +102,11 @@ class PackedSource:
 
     @property
     def slower(self) -> str:
+        if self._read_whole:
+            return (
+                f"{self._store.path} was packed by an earlier version: all of page {self._read_whole} is read before "
+                "its first row; pack the model again to start sooner"
+            )
         if not self._reader.plain_nbytes:
             return ""
         return f"the file system of {self._store.path} refuses O_DIRECT: pages are read through the page cache"
@@ -122,6 +128,7 @@ class PackedSource:
         if not store.has_pieces(page):
             store.verify_stored(page)
             self._verified.add(page)
+            self._read_whole = page
             return
         verified = self._verified_pieces.setdefault(page, set())
         if not store.file_of(page).unchanged():

@@ -18,8 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ciuic_runtime as ciuic
+from ciuic_runtime.devices.cpu import discover_cpus
 from ciuic_runtime.devices.errors import CiuicError, InvalidInput, OutOfMemory
-from ciuic_runtime.devices.spec import Topology
+from ciuic_runtime.devices.spec import DeviceSpec, Topology
+from ciuic_runtime.engine.paged import PagedExperts
+from ciuic_runtime.memory import hierarchy
+from ciuic_runtime.memory.arena import HostArena
+from ciuic_runtime.memory.pool import TensorPool
 from ciuic_runtime.memory.source import Finished, PageSource
 from ciuic_runtime.models.random_checkpoint import write_random_checkpoint
 from ciuic_runtime.ops.native import kernels
@@ -116,6 +121,56 @@ def test_neither_budget_nor_policy_nor_order_of_arrival_changes_a_bit(
         assert_same(seen(llm), bits)  # cold
         assert_same(seen(llm), bits)  # warm
         assert not any(llm.memory.state.held)
+
+
+def test_where_everything_is_there_no_expert_is_waited_for(
+    tiny_int4: Path, here: Topology, bits: tuple[torch.Tensor, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    come, came = PagedExperts.come, []
+    monkeypatch.setattr(PagedExperts, "come", lambda self: came.append(self) or come(self))
+    with opened(tiny_int4, here, paged=True) as llm:
+        assert_same(seen(llm), bits)
+        assert not came
+        uses = sum(count.uses for count in llm.memory.page_counts().values())
+        assert uses > len(llm.memory.pages)
+        for _ in range(2):
+            llm.memory.evict([page for page in llm.memory.pages if ".experts." in page])
+            assert_same(seen(llm), bits)
+            assert came, "some had to be read"
+            llm.memory.move_to_device(list(llm.memory.pages))  # into other slots than before
+            came.clear()
+            assert_same(seen(llm), bits)
+            assert not came
+
+
+def test_memory_is_touched_ahead_once_and_again_after_a_larger_budget(
+    tiny_int4: Path, here: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead, touched, looked = TensorPool.touch_ahead, [], []
+    monkeypatch.setattr(TensorPool, "touch_ahead", lambda pool: touched.append(pool.budget) or ahead(pool))
+    with opened(tiny_int4, here) as llm:
+        every, reserved, minimum = sum(llm.memory.pages.values()), llm.memory.reserved, llm.memory.minimum
+    with opened(tiny_int4, here, memory={"cpu": reserved + (every + minimum) // 2}) as llm:
+        touched.clear()
+        arena = llm.memory.pool._arena
+        assert isinstance(arena, HostArena)
+        seen(llm)
+        seen(llm)
+        assert touched == [llm.memory.budget]
+        cpus = discover_cpus()
+
+        def discovered() -> list[DeviceSpec]:
+            looked.append(arena._toucher)
+            return cpus
+
+        monkeypatch.setattr(hierarchy, "discover_cpus", discovered)
+        llm.memory.set_budget("cpu", reserved + every - 4096)
+        assert looked == [None], "what was touched and is not in use counts as free"
+        seen(llm)
+        assert touched[1:] == [every - 4096]
+        llm.memory.set_budget("cpu", reserved + minimum)
+        seen(llm)
+        assert len(touched) == 2
 
 
 @pytest.fixture(scope="module")

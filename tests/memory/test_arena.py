@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 import sys
+import threading
 
 import pytest
 import torch
@@ -86,6 +88,60 @@ def test_what_was_touched_and_not_taken_goes_back(at_least_kernel_5_14: None) ->
         assert (slot == 7).all()
         assert (later == 8).all()
         assert sum(resident(arena)) <= 6
+
+
+@linux
+def test_addresses_that_wait_without_memory_count_as_what_will_be_used(at_least_kernel_5_14: None) -> None:
+    pool = TensorPool(32 * MIB)
+    arena = pool._arena
+    assert isinstance(arena, HostArena)
+    slots = [pool.allocate(4 * MIB).fill_(1) for _ in range(4)]
+    for slot in slots[:2]:
+        pool.free(slot)
+    pool.budget = 8 * MIB
+    assert sum(resident(arena)) == 8
+    pool.budget = 32 * MIB
+    pool.touch_ahead()
+    assert arena._toucher is not None
+    arena._toucher.join()
+    for _ in range(6):
+        pool.allocate(4 * MIB).fill_(2)
+    assert sum(resident(arena)) == 32
+
+
+@linux
+def test_touching_ends_with_the_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever forgets to close it has its memory back all the same."""
+    begun, go_on, asked = threading.Event(), threading.Event(), []
+
+    def slowly(address: int, nbytes: int, advice: int) -> int:
+        asked.append(nbytes)
+        begun.set()
+        assert go_on.wait(30)
+        return 0
+
+    monkeypatch.setattr(arena_module, "_madvise", lambda: slowly)
+    arena = HostArena()
+    arena.touch_ahead(900 * MIB)
+    toucher = arena._toucher
+    assert toucher is not None
+    assert begun.wait(30)
+    del arena
+    gc.collect()
+    go_on.set()
+    toucher.join()
+    assert len(asked) == 1
+
+
+def test_a_system_without_another_thread_gives_memory_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    arena = HostArena()
+    arena.touch_ahead(100 * MIB)
+    assert (arena.take(MIB).fill_(3) == 3).all()
+    arena.touch_no_further()
 
 
 def test_where_all_is_taken_nothing_goes_back() -> None:

@@ -108,6 +108,7 @@ def test_rows_come_as_they_were_written(written: Path, data: st.DataObject, nbyt
 def test_the_whole_table_comes_in_several_turns(source: PackedSource) -> None:
     assert len(piece_checksums(TABLE, table())) == PIECES
     assert torch.equal(rows(source, NBYTES, 0)[0], table())
+    assert not source.slower
 
 
 @pytest.mark.parametrize("piece", [0, 1, PIECES - 1])
@@ -147,6 +148,7 @@ def test_of_a_folder_without_checksums_of_pieces_the_whole_table_is_verified(tmp
     assert not PageStore(folder).has_pieces(TABLE)
     source = PackedSource(PageStore(folder))
     assert torch.equal(rows(source, 64, 640)[0], table()[640 : 640 + 64])
+    assert "was packed by an earlier version" in source.slower
     source.close()
     flip(folder, NBYTES - 1)
     source = PackedSource(PageStore(folder))
