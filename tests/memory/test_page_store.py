@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from configs import TINY_V3
+from packed_folder import write_int4_folder
 from safetensors import safe_open
 
 from ciuic_runtime.devices.backend import host_buffer
 from ciuic_runtime.devices.errors import InvalidInput
 from ciuic_runtime.memory import page_store
-from ciuic_runtime.memory.page_store import CHECKSUM_KEY, INDEX, PageStore, checksum, checksum_of_all
+from ciuic_runtime.memory.page_store import CHECKSUM_KEY, INDEX, PageStore, checksum
 from ciuic_runtime.memory.page_writer import PageWriter
 from ciuic_runtime.models.config import read_config
 from ciuic_runtime.models.layout import LAYOUT_VERSION, PAGE_ALIGN, page_layout
@@ -36,17 +37,12 @@ def content(page: str) -> torch.Tensor:
 
 
 def write_folder(folder: Path, shard_bytes: int = 150_000, seed: int = 0) -> Path:
-    folder.mkdir(parents=True)
-    writer = PageWriter(folder, "int4", PAGES, shard_bytes)
-    for page in PAGES:
+    def seeded(page: str) -> torch.Tensor:
         data = content(page)
         data[0] = seed
-        writer.write(page, data)
-    writer.finish()
-    section = {"format": "int4", "layout_version": LAYOUT_VERSION}
-    section["checksum"] = checksum_of_all(writer.checksums[page] for page in PAGES)
-    (folder / "config.json").write_text(json.dumps(TINY_V3 | {"ciuic": section}))
-    return folder
+        return data
+
+    return write_int4_folder(folder, TINY_V3, PAGES, seeded, shard_bytes=shard_bytes)
 
 
 @pytest.fixture(scope="module")

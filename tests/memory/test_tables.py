@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from configs import TINY_V3
 from hypothesis import HealthCheck, given, settings
+from packed_folder import write_int4_folder
 
 from ciuic_runtime.devices.backend import host_buffer
 from ciuic_runtime.devices.errors import InvalidInput
@@ -20,14 +20,13 @@ from ciuic_runtime.memory.page_store import (
     CHECKED_NBYTES,
     PIECES_KEY,
     PageStore,
-    checksum_of_all,
     piece_checksum,
     piece_checksums,
 )
 from ciuic_runtime.memory.page_writer import PageWriter
 from ciuic_runtime.memory.source import AT_ONCE, PackedSource
 from ciuic_runtime.models.config import read_config
-from ciuic_runtime.models.layout import LAYOUT_VERSION, page_layout
+from ciuic_runtime.models.layout import page_layout
 from ciuic_runtime.models.safetensors_header import read_header_and_metadata
 from ciuic_runtime.models.tensors import tensors_by_page
 
@@ -46,16 +45,12 @@ def table() -> torch.Tensor:
     return data.random_(0, 256, generator=torch.Generator().manual_seed(1))
 
 
+def content(page: str) -> torch.Tensor:
+    return table() if page == TABLE else host_buffer(PAGES[page]).zero_()
+
+
 def write_folder(folder: Path, *tables: str) -> Path:
-    folder.mkdir()
-    writer = PageWriter(folder, "int4", PAGES, tables=tables)
-    for page, nbytes in PAGES.items():
-        writer.write(page, table() if page == TABLE else host_buffer(nbytes).zero_())
-    writer.finish()
-    section = {"format": "int4", "layout_version": LAYOUT_VERSION}
-    section["checksum"] = checksum_of_all(writer.checksums[page] for page in PAGES)
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"ciuic": section}))
-    return folder
+    return write_int4_folder(folder, CONFIG, PAGES, content, tables=tables)
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +170,9 @@ def test_an_interrupted_packing_keeps_the_checksums_of_pieces(tmp_path: Path) ->
     writer.close()
     again = PageWriter(tmp_path / "again", "int4", PAGES, tables=[TABLE])
     assert again.holds(TABLE, done[TABLE])
-    for page, nbytes in PAGES.items():
+    for page in PAGES:
         if page != TABLE:
-            again.write(page, host_buffer(nbytes).zero_())
+            again.write(page, content(page))
     again.finish()
     assert read_header_and_metadata(tmp_path / "again/model-00001-of-00001.safetensors")[1] == expected[1]
 
